@@ -1,0 +1,53 @@
+// Before a backward:  delta = rowsum(dO o) - dLSE,  the term by which dS = P (dP - delta) leaves the softmax's tangent
+// space; a gradient of the log-sum-exp enters here and nowhere else, since d lse / ds = P.
+//
+// A row is read by as many lanes as it has chunks of 16 bytes, rounded up to a power of two.
+#pragma once
+
+#include "common/fragment.cuh"
+#include "common/math.cuh"
+#include "common/schedule.cuh"
+#include "problem.h"
+
+namespace jfa {
+
+constexpr int kDeltaThreads = 256;
+
+__host__ __device__ inline int delta_lanes_per_row(int value_dim) {
+  int lanes = 1;
+  while (lanes * 8 < value_dim) lanes *= 2;
+  return lanes;
+}
+
+template <class Element>
+__global__ void __launch_bounds__(kDeltaThreads)
+    compute_delta(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
+  const int lanes = delta_lanes_per_row(p.shape.value_dim);
+  const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
+  const int64_t x = (int64_t(block_index()) * kDeltaThreads + thread_index()) / lanes;  // (b, i, h), h fastest
+  const int h = x % p.shape.heads;
+  const int i = x / p.shape.heads % p.shape.q_len;
+  const int b = x / p.shape.heads / p.shape.q_len;
+  const int d = thread_index() % lanes * 8;
+
+  float delta = 0.0f;
+  if (x < rows && d < p.shape.value_dim) {
+    const uint4 o = load_global(reinterpret_cast<const uint4*>(head_of(p.o, b, h) + i * p.o.row_stride + d));
+    const uint4 d_o = load_global(reinterpret_cast<const uint4*>(head_of(g.d_o, b, h) + i * g.d_o.row_stride + d));
+    const uint32_t o_pairs[4] = {o.x, o.y, o.z, o.w};
+    const uint32_t d_o_pairs[4] = {d_o.x, d_o.y, d_o.z, d_o.w};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float2 left = unpack<Element>(o_pairs[n]);
+      const float2 right = unpack<Element>(d_o_pairs[n]);
+      delta += left.x * right.x + left.y * right.y;
+    }
+  }
+  for (int step = 1; step < lanes; step *= 2) delta += shuffle_xor(delta, step);
+  if (x < rows && d == 0) {
+    const int64_t at = (int64_t(b) * p.shape.heads + h) * p.shape.q_len + i;
+    store_global(g.delta + at, g.d_lse == nullptr ? delta : delta - load_global(g.d_lse + at));
+  }
+}
+
+}  // namespace jfa

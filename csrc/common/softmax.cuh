@@ -1,0 +1,89 @@
+// Softmax over keys that come tile by tile (online softmax), and its inverse for the backward.
+#pragma once
+
+#include "common/fragment.cuh"
+#include "common/math.cuh"
+#include "common/sequence.cuh"
+
+namespace jfa {
+
+template <int kRows>
+struct OnlineSoftmax {
+  float factor_log2;  // from a score to log2 units
+  float m[kRows];     // largest score so far, -inf before the first visible one
+  float l[kRows];     // this thread's part of sum of 2^((s - m) factor)
+
+  __device__ __forceinline__ explicit OnlineSoftmax(float factor) : factor_log2(factor) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      m[r] = minus_infinity();
+      l[r] = 0.0f;
+    }
+  }
+
+  // Scores of the next tile become probabilities relative to the new maximum; what was accumulated in `o` follows it.
+  template <int kCols, int kOutCols>
+  __device__ __forceinline__ void update(Fragment<kRows, kCols>& s, Fragment<kRows, kOutCols>& o) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float tile_max = s.v[r][0];
+#pragma unroll
+      for (int c = 1; c < kCols; ++c) tile_max = fmaxf(tile_max, s.v[r][c]);
+      const float previous = m[r];
+      m[r] = fmaxf(previous, max_over_row(tile_max));
+      // A row that has seen nothing yet: any finite reference gives 2^-inf = 0, and avoids -inf - -inf.
+      const float reference = m[r] == minus_infinity() ? 0.0f : m[r] * factor_log2;
+      const float correction = exp2_approximate(previous * factor_log2 - reference);
+      l[r] *= correction;
+      o.scale_row(r, correction);
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference);
+        l[r] += s.v[r][c];
+      }
+    }
+  }
+
+  // Completes row r: what to multiply its output by, and its log-sum-exp in natural units.
+  __device__ __forceinline__ float finish(int r, float& lse) const {
+    const float sum = sum_over_row(l[r]);
+    lse = sum == 0.0f ? minus_infinity() : (m[r] * factor_log2 + log2f(sum)) * kLn2;
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
+  }
+};
+
+// The backward of one tile: with p = 2^(s factor - lse), ds = p (dp - delta). Scores become p and `dp` becomes ds.
+// lse is in log2 units and +inf for a row that sees nothing. Where p is 0 so is ds, whatever dp holds.
+template <int kRows, int kCols>
+__device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Fragment<kRows, kCols>& dp,
+                                                 float factor_log2, const float (&lse_log2)[kRows],
+                                                 const float (&delta)[kRows], bool masked) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const float p = exp2_approximate(s.v[r][c] * factor_log2 - lse_log2[r]);
+      const float ds = p * (dp.v[r][c] - delta[r]);
+      s.v[r][c] = p;
+      dp.v[r][c] = masked && p == 0.0f ? 0.0f : ds;
+    }
+  }
+}
+
+// What softmax_gradient() wants of a fragment's rows.
+template <int kRows>
+__device__ __forceinline__ void load_row_statistics(const Problem& p, const Gradients& g, const Sequence& sequence,
+                                                    int b, int h, const Position<>& at, float (&lse_log2)[kRows],
+                                                    float (&delta)[kRows]) {
+  const int64_t origin = (int64_t(b) * p.shape.heads + h) * p.shape.q_len;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int i = at.row(r);
+    const bool inside = i < sequence.q_len;
+    const float lse = inside ? load_global(p.lse + origin + i) : minus_infinity();
+    lse_log2[r] = lse == minus_infinity() ? INFINITY : lse * kLog2e;
+    delta[r] = inside ? load_global(g.delta + origin + i) : 0.0f;
+  }
+}
+
+}  // namespace jfa

@@ -1,0 +1,51 @@
+// Launching a kernel and saying what went wrong, if something did.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+namespace jfa {
+
+// What a caller of the library is told. An empty message is success.
+struct Status {
+  enum class Code { kOk, kInvalidArgument, kUnimplemented, kInternal };
+  Code code = Code::kOk;
+  std::string message;
+
+  static Status Ok() { return {}; }
+  static Status InvalidArgument(std::string why) { return {Code::kInvalidArgument, std::move(why)}; }
+  static Status Unimplemented(std::string why) { return {Code::kUnimplemented, std::move(why)}; }
+  static Status Internal(std::string why) { return {Code::kInternal, std::move(why)}; }
+  bool ok() const { return code == Code::kOk; }
+};
+
+// Status of a CUDA call; `what` names it.
+inline Status cuda_status(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return Status::Ok();
+  return Status::Internal(what + ": " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
+}
+
+// One-dimensional grid and block. The launch's own return code is read, not the last error of the context, so that an
+// older error is not blamed on this kernel.
+template <class... Parameters, class... Arguments>
+Status launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+              cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return Status::Ok();
+  const std::string what = std::string(name) + " with grid " + std::to_string(blocks) + ", block " +
+                           std::to_string(threads) + ", " + std::to_string(shared_bytes) + " bytes of shared memory";
+  if (blocks > 0x7fffffff) return Status::Unimplemented(what + ": a grid has at most 2147483647 blocks");
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 48 * 1024) {  // what a kernel may have without asking
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cuda_status(error, what);
+  }
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return cuda_status(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
+                                      shared_bytes, stream),
+                     what);
+}
+
+}  // namespace jfa

@@ -1,0 +1,8 @@
+"""Flash attention for JAX on NVIDIA GPUs; the same call runs a reference path everywhere else."""
+
+from jax_flashattn._api import Explanation as Explanation
+from jax_flashattn._api import attention as attention
+from jax_flashattn._api import explain as explain
+from jax_flashattn._api import export_disabled_checks as export_disabled_checks
+
+__version__ = "0.1.0"

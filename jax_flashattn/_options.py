@@ -1,0 +1,324 @@
+"""What a call means, decided at trace time: the static Options, the array Operands, and every check.
+
+TypeError: the wrong kind of Python object or dtype. ValueError: a shape, a range or a combination.
+NotImplementedError: a legal request that this version does not serve.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMPLEMENTATIONS = (None, "cuda", "cuda:sm80", "xla")
+ALIGNMENTS = ("top_left", "bottom_right")
+MAX_INT32 = 2**31 - 1
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The static part of a call. Hashable: it is a parameter of the primitives and a cache key."""
+
+    scale: float | None = 1.0  # None: Operands.scale is used
+    window_left: int | None = None  # None: unbounded
+    window_right: int | None = None  # causality is folded in: 0
+    bottom_right: bool = False
+    deterministic: bool = False
+    implementation: str | None = None
+    bias_gradient: bool = False  # backward: dbias is wanted
+    finite_lse: bool = False  # rows that see no key get lse = -max float32 instead of -inf
+
+    @property
+    def wants_cuda(self) -> bool:
+        """Whether the caller named the kernels, so that falling back would break a promise."""
+        return self.implementation is not None and self.implementation.startswith("cuda")
+
+
+class Operands(NamedTuple):
+    """The arrays of a call in canonical form; None marks an absent one."""
+
+    query: Any  # [B, T, N, H]
+    key: Any  # [B, S, K, H]
+    value: Any  # [B, S, K, Hv]
+    bias: Any = None  # [B|1, N|1, T|1, S|1], float32 or query's dtype
+    mask: Any = None  # the same extents, bool, True: visible
+    scale: Any = None  # float32 [1] or [B]
+    query_seq_lengths: Any = None  # int32 [B]
+    key_value_seq_lengths: Any = None  # int32 [B]
+
+
+def normalise(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    implementation=None,
+    return_residual=False,
+    causal_alignment="top_left",
+    deterministic=False,
+    return_lse=False,
+    **not_built_yet,
+) -> tuple[Options, Operands, bool]:
+    """Checks a call of `attention`; returns its Options, its Operands and whether it had no batch."""
+    check_not_built_yet(**not_built_yet)
+    flags = dict(
+        is_causal=is_causal,
+        return_residual=return_residual,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name} must be a bool, got {kind(flag)}.")
+    implementation = choice("implementation", implementation, IMPLEMENTATIONS)
+    causal_alignment = choice("causal_alignment", causal_alignment, ALIGNMENTS)
+    left, right = window(local_window_size)
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+
+    query, key, value, unbatched = query_key_value(query, key, value)
+    batch, q_len, heads, head_dim = query.shape
+    k_len = key.shape[1]
+    scores = (batch, heads, q_len, k_len)
+    static_scale, scale = split_scale(scale, head_dim)
+    operands = Operands(
+        query,
+        key,
+        value,
+        score_operand("bias", bias, scores, query.dtype),
+        score_operand("mask", mask, scores, query.dtype),
+        scale,
+        lengths("query_seq_lengths", query_seq_lengths, batch, unbatched),
+        lengths("key_value_seq_lengths", key_value_seq_lengths, batch, unbatched),
+    )
+    options = Options(
+        scale=static_scale,
+        window_left=left,
+        window_right=right,
+        bottom_right=causal_alignment == "bottom_right",
+        deterministic=bool(deterministic),
+        implementation=implementation,
+        # jax_debug_infs looks at everything that leaves a jitted computation, residuals included:
+        # it may only meet an infinity that the caller asked for.
+        finite_lse=bool(jax.config.jax_debug_infs) and not (return_lse or return_residual),
+    )
+    return options, operands, unbatched
+
+
+def kind(x) -> str:
+    """How an error message shows a value."""
+    if is_array(x):
+        return f"an array {x.dtype}{list(x.shape)}"
+    return f"{x!r} ({type(x).__name__})"
+
+
+def is_array(x) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def array(name: str, x):
+    """Accepts jax.Array, tracers, np.ndarray and wrappers that offer __jax_array__."""
+    if not is_array(x) and hasattr(x, "__jax_array__"):
+        x = x.__jax_array__()
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array (jax.Array or numpy.ndarray), got {kind(x)}.")
+    return x
+
+
+def choice(name: str, value, allowed):
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        listing = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {listing}; got {value!r}.")
+    return value
+
+
+def query_key_value(query, key, value):
+    """The three main operands with a batch axis, and whether that axis had to be added."""
+    named = {"query": query, "key": key, "value": value}
+    named = {name: array(name, x) for name, x in named.items()}
+    dtypes = {name: x.dtype for name, x in named.items()}
+    if len(set(dtypes.values())) != 1:
+        listing = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"query, key and value must have one dtype; got {listing}.")
+    if str(dtypes["query"]) not in ("float16", "bfloat16", "float32"):
+        raise TypeError(
+            f"query, key and value must be float16, bfloat16 or float32; got {dtypes['query']}."
+        )
+    rank = named["query"].ndim
+    for name, x in named.items():
+        if x.ndim not in (3, 4) or x.ndim != rank:
+            shapes = ", ".join(f"{n} {list(y.shape)}" for n, y in named.items())
+            raise ValueError(
+                "query, key and value must all be [batch, length, heads, head_dim] or all "
+                f"[length, heads, head_dim]; got {shapes}."
+            )
+    q, k, v = (jnp.asarray(x) if rank == 4 else jnp.asarray(x)[None] for x in named.values())
+    shapes = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}"
+    if q.shape[0] != k.shape[0] or k.shape[0] != v.shape[0]:
+        raise ValueError(f"query, key and value must have one batch size; got {shapes}.")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"key and value must have the same length; got {shapes}.")
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"key and value must have the same number of heads; got {shapes}.")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"query and key must have the same head dim; got {shapes}.")
+    if 0 in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]):
+        raise ValueError(f"heads and head dims must be at least 1; got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"the query heads must be a multiple of the key/value heads (grouped-query attention); "
+            f"got {q.shape[2]} and {k.shape[2]}."
+        )
+    return q, k, v, rank == 3
+
+
+def score_operand(name: str, x, scores: tuple, dtype):
+    """A bias or mask as [B|1, N|1, T|1, S|1]."""
+    if x is None:
+        return None
+    x = array(name, x)
+    if name == "mask" and x.dtype != np.bool_:
+        raise TypeError(f"mask dtype must be bool (True: visible), got {x.dtype}; use bias=...")
+    if name == "bias" and x.dtype == np.bool_:
+        raise TypeError("bias dtype must be a number, got bool; use mask=...")
+    real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+    if name == "bias" and not real:
+        raise TypeError(f"bias dtype must be a real number, got {x.dtype}.")
+    fits = x.ndim <= 4 and all(
+        extent in (1, full) for extent, full in zip(x.shape[::-1], scores[::-1])
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to [batch, heads, query length, key length] = {list(scores)} "
+            f"(rank at most 4, each extent 1 or the full one); got {list(x.shape)}."
+        )
+    if name == "bias" and x.dtype not in (dtype, jnp.float32):
+        x = jnp.asarray(x, jnp.float32)
+    return jax.lax.expand_dims(jnp.asarray(x), range(4 - x.ndim))
+
+
+def lengths(name: str, x, batch: int, unbatched: bool):
+    """Sequence lengths as int32 [B]."""
+    if x is None:
+        return None
+    if unbatched and isinstance(x, (int, np.integer)) and not isinstance(x, bool):
+        x = np.asarray(x)
+    x = array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be int32, got {x.dtype}.")
+    if np.iinfo(x.dtype).max > MAX_INT32:
+        # A wider type is narrowed only where its values can be seen to fit.
+        if isinstance(x, jax.core.Tracer):
+            raise TypeError(f"{name} must be int32, got {x.dtype}; cast it with .astype(int32).")
+        x = np.asarray(x)
+        if x.size and (x.max() > MAX_INT32 or x.min() < -MAX_INT32 - 1):
+            raise ValueError(f"{name} holds {x.min()} to {x.max()}, which does not fit int32.")
+    shapes = ((), (1,)) if unbatched else ((batch,),)
+    if x.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must have the shape {expected}, got {list(x.shape)}.")
+    return jnp.asarray(x, jnp.int32).reshape((batch,))
+
+
+def split_scale(scale, head_dim: int):
+    """(static value, None) or (None, operand [1])."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim), None
+    if not is_array(scale) and hasattr(scale, "__jax_array__"):
+        scale = scale.__jax_array__()
+    if isinstance(scale, jax.Array):
+        if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.floating):
+            raise TypeError(f"scale as an array must be a floating-point scalar, got {kind(scale)}.")
+        return None, scale.astype(jnp.float32).reshape((1,))
+    if isinstance(scale, (bool, np.bool_)) or np.ndim(scale) != 0:
+        raise TypeError(f"scale must be a scalar, got {kind(scale)}.")
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale must be a scalar, got {kind(scale)}.") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"scale must be finite and above 0, got {value!r}; any other value needs a jax scalar."
+        )
+    return value, None
+
+
+def window(size) -> tuple[int | None, int | None]:
+    """local_window_size as (left, right), None where unbounded."""
+    if size is None:
+        return None, None
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise ValueError(f"local_window_size must have 2 entries (left, right), got {size!r}.")
+        left, right = size
+    else:
+        left = right = size
+    return window_side(left, size), window_side(right, size)
+
+
+def window_side(side, size) -> int | None:
+    if side is None:
+        return None
+    try:
+        if isinstance(side, (bool, np.bool_)) or is_array(side):
+            raise TypeError
+        side = operator.index(side)
+    except TypeError:
+        raise TypeError(
+            f"local_window_size must be an int, a pair of ints (None: unbounded) or None; "
+            f"got {size!r}."
+        ) from None
+    if side < 0:
+        raise ValueError(f"local_window_size must not be negative, got {size!r}; unbounded is None.")
+    return side if side < MAX_INT32 else None
+
+
+def check_not_built_yet(
+    logits_soft_cap=None,
+    alibi_slopes=None,
+    sinks=None,
+    num_sink_tokens=0,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    dropout_rate=0.0,
+    dropout_key=None,
+):
+    """Options whose names are reserved; each must be at its neutral value."""
+    if logits_soft_cap is not None:
+        if not isinstance(logits_soft_cap, jax.Array) and not logits_soft_cap > 0:
+            raise ValueError(f"logits_soft_cap must be above 0 or None, got {logits_soft_cap!r}.")
+    if not isinstance(dropout_rate, jax.Array) and not 0 <= dropout_rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate!r}.")
+    if not isinstance(num_sink_tokens, jax.Array) and num_sink_tokens < 0:
+        raise ValueError(f"num_sink_tokens must not be negative, got {num_sink_tokens!r}.")
+    asked = dict(
+        logits_soft_cap=logits_soft_cap is not None,
+        alibi_slopes=alibi_slopes is not None,
+        sinks=sinks is not None,
+        num_sink_tokens=isinstance(num_sink_tokens, jax.Array) or num_sink_tokens != 0,
+        query_segment_ids=query_segment_ids is not None,
+        key_value_segment_ids=key_value_segment_ids is not None,
+        dropout_rate=isinstance(dropout_rate, jax.Array) or dropout_rate != 0,
+        dropout_key=dropout_key is not None,
+    )
+    for name, is_asked in asked.items():
+        if is_asked:
+            advice = {
+                "alibi_slopes": "; pass the ALiBi term as bias",
+                "query_segment_ids": "; pass the segments as mask",
+                "key_value_segment_ids": "; pass the segments as mask",
+            }.get(name, "")
+            raise NotImplementedError(f"{name} is not supported yet{advice}.")
