@@ -1,8 +1,10 @@
-// The only file that sees XLA: buffers and attributes of a custom call become a Problem, and nanobind hands the handlers
-// to Python. Everything is checked again here, since an exported program does not pass through Python.
+// The only file that sees XLA: buffers and attributes of a custom call become a Problem, and nanobind hands the
+// handlers to Python. Everything is checked again here, since an exported program does not pass through Python.
 //
 // The handlers only enqueue work on XLA's stream, in memory that XLA gave; they carry the command-buffer trait, so XLA
 // may capture them into CUDA graphs.
+#include "xla/ffi/api/ffi.h"
+
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -14,7 +16,6 @@
 #include <vector>
 
 #include "attention.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace jfa {
 namespace {
@@ -123,9 +124,9 @@ Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBuffer& o
              reader.extent("heads", q[2]),    reader.extent("key heads", k[2]),    reader.extent("head dim", q[3]),
              reader.extent("value dim", v[3])};
   const Shape& shape = p.shape;
-  reader.expect(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0,
-                std::to_string(shape.heads) + " query heads are no multiple of " + std::to_string(shape.kv_heads) +
-                    " key heads");
+  reader.expect(
+      shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0,
+      std::to_string(shape.heads) + " query heads are no multiple of " + std::to_string(shape.kv_heads) + " key heads");
   reader.expect(shape.head_dim > 0 && shape.head_dim % 8 == 0 && shape.value_dim > 0 && shape.value_dim % 8 == 0,
                 "head dims must be positive multiples of 8");
   const ffi::DataType type = in.q.element_type();
@@ -179,7 +180,8 @@ ffi::Error to_ffi(const Status& status) {
 class CurrentDevice {
  public:
   explicit CurrentDevice(int ordinal) {
-    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != ordinal) restore_ = cudaSetDevice(ordinal) == cudaSuccess;
+    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != ordinal)
+      restore_ = cudaSetDevice(ordinal) == cudaSuccess;
   }
   ~CurrentDevice() {
     if (restore_) cudaSetDevice(previous_);

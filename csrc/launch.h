@@ -43,9 +43,9 @@ Status launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, i
     if (error != cudaSuccess) return cuda_status(error, what);
   }
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  return cuda_status(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
-                                      shared_bytes, stream),
-                     what);
+  return cuda_status(
+      cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared_bytes, stream),
+      what);
 }
 
 }  // namespace jfa

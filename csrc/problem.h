@@ -78,7 +78,7 @@ struct Gradients {
   const float* d_lse = nullptr;  // [batch, heads, q_len]; absent: 0
   ScoreTensor d_bias;            // f32, the bias's own extents; absent: not wanted
   bool deterministic = false;
-  float* delta = nullptr;         // scratch [batch, heads, q_len]: rowsum(dO o) - dLSE
+  float* delta = nullptr;           // scratch [batch, heads, q_len]: rowsum(dO o) - dLSE
   float* dq_accumulator = nullptr;  // scratch, unless deterministic; sm80/tiles.h says how large
 };
 

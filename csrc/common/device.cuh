@@ -74,12 +74,15 @@ __device__ __forceinline__ void add_global(float* pointer, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it is computed here, not kept in a register
-// from before the loop.
+// The same number, of which the compiler knows nothing: what is computed from it is computed here, not kept in a
+// register from before the loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+
+// A product rounded on its own: the compiler does not fuse it with an addition.
+__device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 // 2^x, with 2^-inf = 0 and relative error 2^-22 (9.7.3.21 ex2). exp2f() would spend four instructions on denormals.
 __device__ __forceinline__ float exp2_approximate(float x) {

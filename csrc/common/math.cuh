@@ -18,7 +18,8 @@ __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / 
 
 __device__ __forceinline__ float minus_infinity() { return -INFINITY; }
 
-// Two values rounded to the element type, the first in the low half: the order of mma's operand registers and of memory.
+// Two values rounded to the element type, the first in the low half: the order of mma's operand registers and of
+// memory.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 

@@ -50,7 +50,8 @@ struct ScoreRule {
 
   // Products to scores, in place. Call it where needs_mask() holds.
   template <int kRows, int kCols>
-  __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence) const {
+  __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at,
+                                        const Sequence& sequence) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = opaque(at.row(r));

@@ -7,6 +7,8 @@
 
 namespace jfa {
 
+constexpr float kLargestFusedReference = 1 << 24;  // above, neighbouring floats differ by 2
+
 template <int kRows>
 struct OnlineSoftmax {
   float factor_log2;  // from a score to log2 units
@@ -32,15 +34,21 @@ struct OnlineSoftmax {
       const float previous = m[r];
       m[r] = fmaxf(previous, max_over_row(tile_max));
       // A row that has seen nothing yet: any finite reference gives 2^-inf = 0, and avoids -inf - -inf.
-      const float reference = m[r] == minus_infinity() ? 0.0f : m[r] * factor_log2;
-      const float correction = exp2_approximate(previous * factor_log2 - reference);
+      const float reference = m[r] == minus_infinity() ? 0.0f : multiply(m[r], factor_log2);
+      const float correction = exp2_approximate(multiply(previous, factor_log2) - reference);
       l[r] *= correction;
       o.scale_row(r, correction);
+      // Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the
+      // division by the sum takes it out again. Only where that rounding is more than 1 it could overflow.
+      if (fabsf(reference) <= kLargestFusedReference) {
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference);
-        l[r] += s.v[r][c];
+        for (int c = 0; c < kCols; ++c) s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) s.v[r][c] = exp2_approximate((s.v[r][c] - m[r]) * factor_log2);
       }
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) l[r] += s.v[r][c];
     }
   }
 

@@ -3,8 +3,8 @@
 //
 // One block per (key tile, key/value head, batch entry). It keeps K, V, dK and dV, and passes over the query tiles that
 // see its keys, for each query head of the group in turn: dK and dV need no sum outside the block. Its part of dQ is
-// added to an f32 accumulator in device memory, in the order of the threads' registers; store_dq() sums nothing more, it
-// scales, rounds and puts rows in order. In deterministic mode backward_query() computes dQ instead.
+// added to an f32 accumulator in device memory, in the order of the threads' registers; store_dq() sums nothing more,
+// it scales, rounds and puts rows in order. In deterministic mode backward_query() computes dQ instead.
 #pragma once
 
 #include "common/schedule.cuh"
@@ -47,6 +47,31 @@ template <class Shape, int kHeadDim>
 __device__ __forceinline__ float* dq_slots(const Problem& p, const Gradients& g, int b, int h, int row) {
   const int64_t tile = (int64_t(b) * p.shape.heads + h) * ceil_div(p.shape.q_len, Shape::kQ) + row / Shape::kQ;
   return g.dq_accumulator + tile * (Shape::kQ * kHeadDim) + thread_index();
+}
+
+// The finished dK and dV of this block. Which they are is worked out anew: kept across the loop, it would cost
+// registers there.
+template <class Element, int kHeadDim, bool kGeneral>
+__device__ __forceinline__ void store_key_gradients(const Problem& p, const Gradients& g,
+                                                    const BackwardSmem<kHeadDim>& smem,
+                                                    typename BackwardLayout<kHeadDim>::KeyFragment& dk,
+                                                    const typename BackwardLayout<kHeadDim>::KeyFragment& dv) {
+  using Shape = BackwardTile<kHeadDim>;
+  using Layout = BackwardLayout<kHeadDim>;
+  const WorkItem item(opaque(block_index()), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads);
+  const int warp = opaque(warp_index());
+  const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
+#pragma unroll
+  for (int r = 0; r < dk.kRows; ++r) dk.scale_row(r, scale);
+  const Position<Layout::kKeyAcross> at(warp / Layout::kKeyAcross * Layout::kKeyRows, warp % Layout::kKeyAcross * 16);
+  store_fragment<Element>(smem.k, dk, at);
+  store_fragment<Element>(smem.v, dv, at);
+  barrier();
+  const int j = item.tile * Shape::kK;
+  store_rows(smem.k, 0, Shape::kK, thread_index(), Shape::kThreads, head_of(g.dk, item.batch, item.head),
+             g.dk.row_stride, j, p.shape.k_len, p.shape.head_dim);
+  store_rows(smem.v, 0, Shape::kK, thread_index(), Shape::kThreads, head_of(g.dv, item.batch, item.head),
+             g.dv.row_stride, j, p.shape.k_len, p.shape.value_dim);
 }
 
 template <class Element, int kHeadDim, bool kGeneral>
@@ -153,17 +178,7 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
 
   copy_async_wait<0>();
   barrier();  // K and V are read no more
-  const float scale = ScoreRule<kGeneral>(p.scores, b, 0).scale;
-#pragma unroll
-  for (int r = 0; r < dk.kRows; ++r) dk.scale_row(r, scale);
-  const Position<Layout::kKeyAcross> at(key_row, key_col);
-  store_fragment<Element>(smem.k, dk, at);
-  store_fragment<Element>(smem.v, dv, at);
-  barrier();
-  store_rows(smem.k, 0, Shape::kK, thread_index(), kThreads, head_of(g.dk, b, item.head), g.dk.row_stride, j,
-             p.shape.k_len, p.shape.head_dim);
-  store_rows(smem.v, 0, Shape::kK, thread_index(), kThreads, head_of(g.dv, b, item.head), g.dv.row_stride, j,
-             p.shape.k_len, p.shape.value_dim);
+  store_key_gradients<Element, kHeadDim, kGeneral>(p, g, smem, dk, dv);
 }
 
 // One block per (query tile, head, batch entry): the accumulated dQ, scaled and rounded, to its rows.
@@ -191,8 +206,8 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads)
                           Position<Layout::kQueryAcross>(warp / Layout::kQueryAcross * Layout::kQueryRows,
                                                          warp % Layout::kQueryAcross * 16));
   barrier();
-  store_rows(tile, 0, Shape::kQ, thread_index(), Shape::kThreads, head_of(g.dq, item.batch, item.head),
-             g.dq.row_stride, i, p.shape.q_len, p.shape.head_dim);
+  store_rows(tile, 0, Shape::kQ, thread_index(), Shape::kThreads, head_of(g.dq, item.batch, item.head), g.dq.row_stride,
+             i, p.shape.q_len, p.shape.head_dim);
 }
 
 }  // namespace jfa::sm80

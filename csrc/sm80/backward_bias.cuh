@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   using Smem = RecomputeSmem<kHeadDim>;
   constexpr int kRows = Shape::kRowsPerWarp / 8;
   constexpr int kCols = Shape::kK / 4;
-  static_assert(sizeof(float) * Shape::kQ * Shape::kK <= sizeof(Smem::q) + sizeof(Smem::d_o), "the sum takes their place");
+  static_assert(sizeof(float) * Shape::kQ * Shape::kK <= sizeof(Smem::q) + sizeof(Smem::d_o),
+                "the sum takes their place");
   Smem& smem = shared_memory<Smem>();
 
   const ScoreTensor& out = g.d_bias;
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
           copy_async_commit();
           copy_async_wait<0>();
           barrier();  // the tiles have landed for all
-          const auto ds = recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row,
-                                                Position<>(i + warp_tile_row, j));
+          const auto ds =
+              recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row, Position<>(i + warp_tile_row, j));
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
 #pragma unroll

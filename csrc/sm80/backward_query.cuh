@@ -28,17 +28,15 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
                                              int warp_tile_row, const Position<>& at) {
   using Shape = RecomputeTile<kHeadDim>;
   constexpr int kRows = Shape::kRowsPerWarp / 8;
-  using TileQ = decltype(smem.q);
-  using TileK = decltype(smem.k);
+  using TileQ = decltype(RecomputeSmem<kHeadDim>::q);
+  using TileK = decltype(RecomputeSmem<kHeadDim>::k);
   Fragment<kRows, Shape::kK / 4> s, ds;
   float lse[kRows], delta[kRows];
   load_row_statistics(p, g, sequence, b, h, at, lse, delta);
   s.clear();
-  product<Element, kHeadDim>(s, RowOperandA<decltype(RecomputeSmem<kHeadDim>::q)>(smem.q, warp_tile_row),
-                             RowOperandB<decltype(RecomputeSmem<kHeadDim>::k)>(smem.k, 0));
+  product<Element, kHeadDim>(s, RowOperandA<TileQ>(smem.q, warp_tile_row), RowOperandB<TileK>(smem.k, 0));
   ds.clear();
-  product<Element, kHeadDim>(ds, RowOperandA<decltype(RecomputeSmem<kHeadDim>::q)>(smem.d_o, warp_tile_row),
-                             RowOperandB<decltype(RecomputeSmem<kHeadDim>::k)>(smem.v, 0));
+  product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, warp_tile_row), RowOperandB<TileK>(smem.v, 0));
   rule.apply(s, at, sequence);
   softmax_gradient(s, ds, rule.factor_log2, lse, delta, true);
   return ds;
@@ -66,6 +64,7 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   load_tile<decltype(smem.q), Shape::kThreads>(smem.q, head_of(p.q, b, h), p.q.row_stride, i, rows, p.shape.head_dim);
   load_tile<decltype(smem.q), Shape::kThreads>(smem.d_o, head_of(g.d_o, b, h), g.d_o.row_stride, i, rows,
                                                p.shape.value_dim);
+  copy_async_commit();
   Fragment<kRows, kHeadDim / 4> dq;
   dq.clear();
 #pragma unroll 1
@@ -77,8 +76,8 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
     copy_async_commit();
     copy_async_wait<0>();
     barrier();  // the tiles have landed for all
-    const auto ds = recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row,
-                                          Position<>(i + warp_tile_row, j));
+    const auto ds =
+        recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row, Position<>(i + warp_tile_row, j));
     product<Element, Shape::kK>(dq, FragmentOperandA<Element, kRows, Shape::kK / 4>{ds},
                                 ColumnOperandB<decltype(Smem::k)>(smem.k, 0));
     barrier();  // K and V are read no more

@@ -21,11 +21,11 @@ struct ForwardSmem {
   Tile<Shape::kK, kHeadDim> v;
 };
 
-// The finished rows of this warp. Which they are is worked out anew: kept across the loop, it would cost registers there.
+// The finished rows of this warp. Which they are is worked out anew: kept across the loop, it would cost registers
+// there.
 template <class Element, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem<kHeadDim>& smem,
-                                             const OnlineSoftmax<kRows>& softmax,
-                                             Fragment<kRows, kHeadDim / 4>& o) {
+                                             const OnlineSoftmax<kRows>& softmax, Fragment<kRows, kHeadDim / 4>& o) {
   using Shape = ForwardTile<kHeadDim>;
   const WorkItem item(opaque(block_index()), ceil_div(p.shape.q_len, Shape::kQ), p.shape.heads);
   const int q_len = Sequence(p, item.batch).q_len;

@@ -50,9 +50,9 @@ Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream
                            (rows + rows_per_block - 1) / rows_per_block, kDeltaThreads, 0, stream, p, g);
     if (!status.ok()) return status;
     if (!g.deterministic && rows > 0) {
-      status = cuda_status(cudaMemsetAsync(g.dq_accumulator, 0, dq_accumulator_floats<kHeadDim>(p) * sizeof(float),
-                                           stream),
-                           "jax_flashattn: clearing the accumulator of dq");
+      status =
+          cuda_status(cudaMemsetAsync(g.dq_accumulator, 0, dq_accumulator_floats<kHeadDim>(p) * sizeof(float), stream),
+                      "jax_flashattn: clearing the accumulator of dq");
       if (!status.ok()) return status;
     }
     status = with_bool(is_general(p.scores), [&](auto general) {

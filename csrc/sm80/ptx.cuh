@@ -17,14 +17,15 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
 }
 // Everything this thread copied since its last commit becomes one group.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's youngest groups are in flight; a barrier must follow for other threads' groups.
+// Until at most kPending of this thread's youngest groups are in flight; a barrier must follow for other threads'
+// groups.
 template <int kPending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 9.7.14.5.15 ldmatrix: four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 (16 bytes) of matrix
-// l / 8; it gets of matrix i, in r[i], the two elements (row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1).
+// 9.7.14.5.15 ldmatrix: four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 (16 bytes) of
+// matrix l / 8; it gets of matrix i, in r[i], the two elements (row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1).
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -50,8 +51,7 @@ __device__ __forceinline__ void mma(float& d0, float& d1, float& d2, float& d3, 
 template <>
 __device__ __forceinline__ void mma<__half>(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4],
                                             uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -60,8 +60,7 @@ __device__ __forceinline__ void mma<__half>(float& d0, float& d1, float& d2, flo
 template <>
 __device__ __forceinline__ void mma<__nv_bfloat16>(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4],
                                                    uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

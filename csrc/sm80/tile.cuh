@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory, and products of them by mma.m16n8k16.
 //
-// A tile is row-major. Its rows are cut into chunks of 16 bytes, and a chunk's place is swizzled by its row, so that the
-// eight rows ldmatrix reads at once, a chunk each, fall into different banks.
+// A tile is row-major. Its rows are cut into chunks of 16 bytes, and a chunk's place is swizzled by its row, so that
+// the eight rows ldmatrix reads at once, a chunk each, fall into different banks.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -32,9 +32,9 @@ struct Tile {
   }
 };
 
-// Starts the copy of rows [first_row, first_row + kRows) of one head into a tile. Rows outside `valid` and columns at or
-// past `dim` become zero: what lies there belongs to others, and 0 x NaN is NaN.
-// A thread's chunks all have the same swizzle, so that its addresses differ by constants and one stride.
+// Starts the copy of rows [first_row, first_row + kRows) of one head into a tile. Rows outside `valid` and columns at
+// or past `dim` become zero: what lies there belongs to others, and 0 x NaN is NaN. A thread's chunks all have the same
+// swizzle, so that its addresses differ by constants and one stride.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_tile(const Tile& tile, const uint16_t* head, int64_t row_stride, int first_row,
                                           Interval valid, int dim) {

@@ -1,5 +1,5 @@
-// The shapes the portable family's kernels are compiled in, by head dim. Every tile fits the 99 KB of shared memory that
-// the smallest of its GPUs (sm_86, sm_89, sm_120) give a block.
+// The shapes the portable family's kernels are compiled in, by head dim. Every tile fits the 99 KB of shared memory
+// that the smallest of its GPUs (sm_86, sm_89, sm_120) give a block.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ struct BackwardTile {
   static constexpr int kQ = kHeadDim <= 128 ? 64 : 32;
   static constexpr int kK = kHeadDim <= 192 ? 64 : 32;
   static constexpr int kWarps = kHeadDim == 192 ? 8 : 4;
-  static constexpr int kScoreDown = 2;     // warps along the queries of S and dP
-  static constexpr int kKeyDown = 2;       // warps along the keys of dK and dV
-  static constexpr int kQueryDown = 2;     // warps along the queries of dQ
+  static constexpr int kScoreDown = 2;  // warps along the queries of S and dP
+  static constexpr int kKeyDown = 2;    // warps along the keys of dK and dV
+  static constexpr int kQueryDown = 2;  // warps along the queries of dQ
   static constexpr int kBlocksPerSm = kHeadDim == 192 ? 1 : 2;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kSharedBytes = 2 * (kHeadDim * (2 * kK + 3 * kQ) + 2 * kQ * kK);  // K, V, Q twice, dO; P, dS

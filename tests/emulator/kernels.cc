@@ -1,0 +1,141 @@
+// The package's calls on the emulator: all of csrc but ffi.cc, with only the launch itself replaced.
+// One library holds one compiled head dim, JFA_HEAD_DIMS.
+
+// Launching on a GPU goes out of the way of launching here. The launchers find whichever jfa::launch comes first.
+#define launch launch_on_gpu
+#include "launch.h"
+#undef launch
+
+#include "api.h"
+
+namespace jfa {
+
+// What stands behind a cudaStream_t.
+struct EmulatedStream {
+  Session& session;
+  emulator::GlobalMemory& memory;
+};
+
+template <class... Parameters, class... Arguments>
+Status launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+              cudaStream_t stream, const Arguments&... arguments) {
+  const EmulatedStream& on = *reinterpret_cast<EmulatedStream*>(stream);
+  emulator::launch(on.session, on.memory, int(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+  return on.session.fault[0] == '\0' ? Status::Ok() : Status::Internal(std::string(name) + ": " + on.session.fault);
+}
+
+}  // namespace jfa
+
+// The parts of the CUDA runtime that launchers use. emulator.py links so that no other library's can take their place.
+extern "C" cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t stream) {
+  const bool inside = reinterpret_cast<jfa::EmulatedStream*>(stream)->memory.set(p, byte, bytes);
+  return inside ? cudaSuccess : cudaErrorInvalidValue;
+}
+extern "C" const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
+extern "C" const char* cudaGetErrorString(cudaError_t) { return "memory outside every array"; }
+
+#include "attention.cc"
+#include "sm80/launch_backward.cuh"
+#include "sm80/launch_forward.cuh"
+
+namespace {
+
+// Mirrored in kernels.py. Arrays are dense and in the order of problem.h's comments; null: absent.
+struct ScoreArray {
+  void* data;
+  int32_t type, batch, heads, q_len, k_len, unused;
+};
+struct Call {
+  int32_t batch, q_len, k_len, heads, kv_heads, head_dim, value_dim;
+  int32_t bf16, deterministic, window_left, window_right, bottom_right;
+  void *q, *k, *v, *o, *lse, *device_scale, *q_lengths, *k_lengths, *d_o, *dq, *dk, *dv, *d_lse, *scratch;
+  ScoreArray bias, mask, d_bias;
+  int64_t scratch_floats;
+  float scale;
+  int32_t unused;
+};
+
+jfa::Tensor tensor(void* data, int64_t rows, int64_t heads, int64_t dim) {
+  return {data, rows * heads * dim, heads * dim, dim};
+}
+
+jfa::ScoreTensor score_tensor(const ScoreArray& a) {
+  const int64_t plane = int64_t(a.q_len) * a.k_len;
+  const auto stride = [](int extent, int64_t elements) -> int64_t { return extent == 1 ? 0 : elements; };
+  jfa::ScoreTensor t;
+  t.data = a.data;
+  t.type = static_cast<jfa::ElementType>(a.type);
+  t.batch = a.batch;
+  t.heads = a.heads;
+  t.q_len = a.q_len;
+  t.k_len = a.k_len;
+  t.batch_stride = stride(a.batch, a.heads * plane);
+  t.head_stride = stride(a.heads, plane);
+  t.q_stride = stride(a.q_len, a.k_len);
+  t.k_stride = stride(a.k_len, 1);
+  return t;
+}
+
+jfa::Problem problem_of(const Call& c) {
+  jfa::Problem p;
+  p.shape.batch = c.batch;
+  p.shape.q_len = c.q_len;
+  p.shape.k_len = c.k_len;
+  p.shape.heads = c.heads;
+  p.shape.kv_heads = c.kv_heads;
+  p.shape.head_dim = c.head_dim;
+  p.shape.value_dim = c.value_dim;
+  p.type = c.bf16 ? jfa::ElementType::kBfloat16 : jfa::ElementType::kHalf;
+  p.q = tensor(c.q, c.q_len, c.heads, c.head_dim);
+  p.k = tensor(c.k, c.k_len, c.kv_heads, c.head_dim);
+  p.v = tensor(c.v, c.k_len, c.kv_heads, c.value_dim);
+  p.o = tensor(c.o, c.q_len, c.heads, c.value_dim);
+  p.lse = static_cast<float*>(c.lse);
+  p.scores.scale = c.scale;
+  p.scores.device_scale = static_cast<float*>(c.device_scale);
+  p.scores.bias = score_tensor(c.bias);
+  p.scores.mask = score_tensor(c.mask);
+  p.visibility.window_left = c.window_left;
+  p.visibility.window_right = c.window_right;
+  p.visibility.bottom_right = c.bottom_right != 0;
+  p.visibility.q_lengths = static_cast<int*>(c.q_lengths);
+  p.visibility.k_lengths = static_cast<int*>(c.k_lengths);
+  return p;
+}
+
+jfa::Gradients gradients_of(const Call& c) {
+  jfa::Gradients g;
+  g.d_o = tensor(c.d_o, c.q_len, c.heads, c.value_dim);
+  g.dq = tensor(c.dq, c.q_len, c.heads, c.head_dim);
+  g.dk = tensor(c.dk, c.k_len, c.kv_heads, c.head_dim);
+  g.dv = tensor(c.dv, c.k_len, c.kv_heads, c.value_dim);
+  g.d_lse = static_cast<float*>(c.d_lse);
+  g.d_bias = score_tensor(c.d_bias);
+  g.deterministic = c.deterministic != 0;
+  return g;
+}
+
+void report(Session& session, const jfa::Status& status) {
+  if (!status.ok()) snprintf(session.fault, sizeof(session.fault), "%s", std::string(status.message).c_str());
+}
+
+}  // namespace
+
+extern "C" uint64_t call_bytes() { return sizeof(Call); }
+
+extern "C" int64_t scratch_floats(Session* session, const Call* call) {
+  jfa::Plan plan;
+  report(*session, jfa::plan_backward(problem_of(*call), gradients_of(*call), "auto", 1 << 20, plan));
+  return plan.scratch_floats;
+}
+
+extern "C" void attention_forward(Session* session, emulator::GlobalMemory* memory, const Call* call) {
+  jfa::EmulatedStream stream = {*session, *memory};
+  report(*session, jfa::forward(problem_of(*call), "auto", reinterpret_cast<cudaStream_t>(&stream)));
+}
+
+extern "C" void attention_backward(Session* session, emulator::GlobalMemory* memory, const Call* call) {
+  jfa::EmulatedStream stream = {*session, *memory};
+  report(*session, jfa::backward(problem_of(*call), gradients_of(*call), static_cast<float*>(call->scratch),
+                                 call->scratch_floats, "auto", reinterpret_cast<cudaStream_t>(&stream)));
+}

@@ -1,0 +1,148 @@
+"""The package's kernels on the emulator, called with the cases of cases.py."""
+
+import ctypes
+import math
+
+import numpy as np
+from emulator.emulator import Device, build
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+UNBOUNDED = 2**31 - 1
+ELEMENT_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "bool": 3}  # ElementType of problem.h
+
+_INTS = (
+    "batch", "q_len", "k_len", "heads", "kv_heads", "head_dim", "value_dim", "bf16",
+    "deterministic", "window_left", "window_right", "bottom_right",
+)  # fmt: skip
+_POINTERS = (
+    "q", "k", "v", "o", "lse", "device_scale", "q_lengths", "k_lengths",
+    "d_o", "dq", "dk", "dv", "d_lse", "scratch",
+)  # fmt: skip
+
+
+_GRADIENTS = ("query", "key", "value")
+
+
+class _ScoreArray(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)]
+    _fields_ += [
+        (n, ctypes.c_int32) for n in ("type", "batch", "heads", "q_len", "k_len", "unused")
+    ]
+
+
+class _Call(ctypes.Structure):
+    """Mirror of Call in kernels.cc."""
+
+    _fields_ = [(n, ctypes.c_int32) for n in _INTS] + [(n, ctypes.c_void_p) for n in _POINTERS]
+    _fields_ += [(n, _ScoreArray) for n in ("bias", "mask", "d_bias")]
+    _fields_ += [("scratch_floats", ctypes.c_int64)]
+    _fields_ += [("scale", ctypes.c_float), ("unused", ctypes.c_int32)]
+
+
+class Results(dict):
+    """What compare.run() returns, and in `session` the emulator's counters."""
+
+    session = None
+
+
+def library(head_dim, edits=()):
+    """The kernels compiled for head dims up to one of HEAD_DIMS."""
+    loaded = build("kernels.cc", f"-DJFA_HEAD_DIMS={head_dim}", edits=edits)
+    loaded.call_bytes.restype = ctypes.c_uint64
+    loaded.scratch_floats.restype = ctypes.c_int64
+    if loaded.call_bytes() != ctypes.sizeof(_Call):
+        raise TypeError("Call in kernels.cc and _Call in kernels.py differ")
+    return loaded
+
+
+def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_cotangent=True,
+        edits=(), **device):  # fmt: skip
+    """Runs forward and backward of a case; Results, without the gradient of a scale.
+
+    Args:
+      case: a Case.
+      dtype: "float16" or "bfloat16".
+      gradients: run the backward too.
+      general: pass the scale as an array, so that the kernels for general scores run in any case.
+      deterministic: dQ by backward_query instead of the accumulator.
+      lse_cotangent: give the backward a gradient of lse.
+      edits: as of build(): run a mutant of the kernels.
+      **device: arguments of Device.
+
+    Raises:
+      FaultError: a kernel did what no kernel may, or the call was refused.
+    """
+    arrays, static = case.arrays(dtype), case.static()
+    query, key, value = arrays["query"], arrays["key"], arrays["value"]
+    batch, q_len, heads, head_dim = query.shape
+    bias, mask = arrays.get("bias"), arrays.get("mask")
+    scale = static.get("scale") or 1 / math.sqrt(head_dim)
+    device_scale = arrays.get("scale", np.float32(scale) if general else None)
+    left, right = _window(**static)
+    values = {
+        "batch": batch, "q_len": q_len, "k_len": key.shape[1],
+        "heads": heads, "kv_heads": key.shape[2], "head_dim": head_dim, "value_dim": value.shape[3],
+        "bf16": dtype == "bfloat16", "deterministic": deterministic,
+        "window_left": left, "window_right": right,
+        "bottom_right": static.get("causal_alignment") == "bottom_right",
+        "scale": scale if device_scale is None else 1.0,
+    }  # fmt: skip
+    loaded = library(next(d for d in HEAD_DIMS if d >= max(head_dim, value.shape[3])), edits)
+    call = _Call(**values)
+
+    with Device(loaded, **device) as memory:
+        call.q, call.k, call.v = (memory.input(n, arrays[n]) for n in ("query", "key", "value"))
+        if device_scale is not None:
+            call.device_scale = memory.input("scale", np.reshape(device_scale, 1))
+        call.q_lengths = memory.input("query_seq_lengths", arrays.get("query_seq_lengths"))
+        call.k_lengths = memory.input("key_value_seq_lengths", arrays.get("key_value_seq_lengths"))
+        call.bias = _scores(memory.input("bias", bias), bias)
+        call.mask = _scores(memory.input("mask", mask), mask)
+        # NaN cannot be a result: what is left alone fails the caller's comparison as well.
+        out = np.full((batch, q_len, heads, value.shape[3]), np.nan, query.dtype)
+        lse = np.full((batch, heads, q_len), np.nan, np.float32)
+        forward = _Call.from_buffer_copy(call)
+        forward.o, forward.lse = memory.output("out", out), memory.output("lse", lse)
+        memory.call("attention_forward", ctypes.byref(forward))
+        results = Results(out=out, lse=lse)
+        results.session = memory.session
+        if not gradients:
+            return results
+
+        # What the forward wrote is an input now, as it is to the package's second call.
+        call.o, call.lse = memory.input("out", out), memory.input("lse", lse)
+        d_out, d_lse = case.cotangents(dtype)
+        call.d_o = memory.input("d_out", d_out)
+        call.d_lse = memory.input("d_lse", d_lse if lse_cotangent else None)
+        gradient = {n: np.full(arrays[n].shape, np.nan, dtype=query.dtype) for n in _GRADIENTS}
+        call.dq, call.dk, call.dv = (memory.output(f"d_{n}", gradient[n]) for n in _GRADIENTS)
+        if bias is not None:
+            d_bias = np.full(bias.shape, np.nan, np.float32)
+            call.d_bias = _scores(memory.output("d_bias", d_bias), d_bias)
+        call.scratch_floats = loaded.scratch_floats(
+            ctypes.byref(memory.session), ctypes.byref(call)
+        )
+        scratch = np.full(call.scratch_floats, np.nan, np.float32)
+        call.scratch = memory.output("scratch", scratch, scratch=True)
+        memory.call("attention_backward", ctypes.byref(call))
+        results |= gradient
+        if bias is not None:
+            results["bias"] = d_bias.astype(bias.dtype)
+        return results
+
+
+def _window(is_causal=False, local_window_size=None, **_):
+    """Problem's window_left and window_right."""
+    window = local_window_size if local_window_size is not None else (None, None)
+    if isinstance(window, int):
+        window = (window, window)
+    left, right = (UNBOUNDED if size is None else size for size in window)
+    return left, min(right, 0) if is_causal else right
+
+
+def _scores(pointer, array):
+    """An array of rank 4 or less as one value per score; absent for None."""
+    if array is None:
+        return _ScoreArray()
+    extents = (1,) * (4 - array.ndim) + array.shape
+    return _ScoreArray(pointer, ELEMENT_TYPES[array.dtype.name], *extents)
