@@ -23,6 +23,12 @@ Status choose(const Problem& p, const std::string& family, F&& f) {
     return Status::Unimplemented("a sequence of " + std::to_string(std::max(p.shape.q_len, p.shape.k_len)) +
                                  " is longer than " + std::to_string(kMaxSequence));
   }
+  for (const int dim : {p.shape.head_dim, p.shape.value_dim}) {
+    if (dim % 8 != 0) {
+      return Status::Unimplemented("head dim " + std::to_string(dim) + " is not a multiple of 8; the nearest is " +
+                                   std::to_string((dim + 7) / 8 * 8));
+    }
+  }
   const int dim = std::max(p.shape.head_dim, p.shape.value_dim);
   return at_least(HeadDims{}, dim, "the larger of head dim and value dim", f);
 }
