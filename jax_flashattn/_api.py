@@ -102,7 +102,7 @@ def attention(
     out, lse = _vjp.flash_attention(_vary_alike(operands), options)
     results = [out]
     if return_residual:
-        results.append(jnp.swapaxes(jax.lax.stop_gradient(lse), 1, 2).astype(key.dtype))
+        results.append(jnp.swapaxes(jax.lax.stop_gradient(lse), 1, 2).astype(operands.key.dtype))
     if return_lse:
         results.append(lse)
     if unbatched:
@@ -202,7 +202,9 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
         4 * forward.scratch_floats,
     )
     if reason is not None:
-        return dataclasses.replace(made, reason=f"{made.reason}; gradient by the reference: {reason}")
+        return dataclasses.replace(
+            made, reason=f"{made.reason}; gradient by the reference: {reason}"
+        )
     backward = _ffi.plan(operands, gradient, backward=True, **memory)
     return dataclasses.replace(
         made,

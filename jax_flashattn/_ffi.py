@@ -1,4 +1,4 @@
-"""The compiled extension `_ext`: loads it, registers its XLA FFI targets, asks it what it would run.
+"""The compiled extension `_ext`: loads it, registers its XLA FFI targets, asks what it would run.
 
 A package built without CUDA has no `_ext` and runs the reference everywhere. Importing needs no
 GPU, no driver and no CUDA toolkit.
@@ -61,11 +61,10 @@ def runtime_ffi_version() -> tuple[int, int]:
     """XLA FFI API version (major, minor) of the installed jaxlib, from its headers."""
     header = pathlib.Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
     text = header.read_text() if header.exists() else ""
-    found = [re.search(rf"#define XLA_FFI_API_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR")]
-    if None in found:
+    defined = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", text))
+    if len(defined) != 2:
         raise ImportError(f"jax_flashattn cannot read the XLA FFI API version from {header}.")
-    major, minor = (int(match[1]) for match in found)
-    return major, minor
+    return int(defined["MAJOR"]), int(defined["MINOR"])
 
 
 def check_ffi_version(built: tuple, runtime: tuple) -> None:

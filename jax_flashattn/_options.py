@@ -1,4 +1,4 @@
-"""What a call means, decided at trace time: the static Options, the array Operands, and every check.
+"""What a call means, decided at trace time: static Options, array Operands, and every check.
 
 TypeError: the wrong kind of Python object or dtype. ValueError: a shape, a range or a combination.
 NotImplementedError: a legal request that this version does not serve.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 IMPLEMENTATIONS = (None, "cuda", "cuda:sm80", "xla")
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -72,7 +73,7 @@ def normalise(
     return_lse=False,
     **not_built_yet,
 ) -> tuple[Options, Operands, bool]:
-    """Checks a call of `attention`; returns its Options, its Operands and whether it had no batch."""
+    """Checks a call of `attention`: its Options, its Operands and whether it had no batch."""
     check_not_built_yet(**not_built_yet)
     flags = dict(
         is_causal=is_causal,
@@ -113,9 +114,13 @@ def normalise(
         implementation=implementation,
         # jax_debug_infs looks at everything that leaves a jitted computation, residuals included:
         # it may only meet an infinity that the caller asked for.
-        finite_lse=bool(jax.config.jax_debug_infs) and not (return_lse or return_residual),
+        finite_lse=debug_infs() and not (return_lse or return_residual),
     )
     return options, operands, unbatched
+
+
+def debug_infs() -> bool:
+    return bool(jax.config.jax_debug_infs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def kind(x) -> str:
@@ -129,7 +134,7 @@ def is_array(x) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
 
 
-def array(name: str, x):
+def array(name: str, x) -> Any:
     """Accepts jax.Array, tracers, np.ndarray and wrappers that offer __jax_array__."""
     if not is_array(x) and hasattr(x, "__jax_array__"):
         x = x.__jax_array__()
@@ -158,7 +163,7 @@ def query_key_value(query, key, value):
             f"query, key and value must be float16, bfloat16 or float32; got {dtypes['query']}."
         )
     rank = named["query"].ndim
-    for name, x in named.items():
+    for x in named.values():
         if x.ndim not in (3, 4) or x.ndim != rank:
             shapes = ", ".join(f"{n} {list(y.shape)}" for n, y in named.items())
             raise ValueError(
@@ -221,7 +226,7 @@ def lengths(name: str, x, batch: int, unbatched: bool):
         raise TypeError(f"{name} must be int32, got {x.dtype}.")
     if np.iinfo(x.dtype).max > MAX_INT32:
         # A wider type is narrowed only where its values can be seen to fit.
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             raise TypeError(f"{name} must be int32, got {x.dtype}; cast it with .astype(int32).")
         x = np.asarray(x)
         if x.size and (x.max() > MAX_INT32 or x.min() < -MAX_INT32 - 1):
@@ -241,7 +246,9 @@ def split_scale(scale, head_dim: int):
         scale = scale.__jax_array__()
     if isinstance(scale, jax.Array):
         if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.floating):
-            raise TypeError(f"scale as an array must be a floating-point scalar, got {kind(scale)}.")
+            raise TypeError(
+                f"scale as an array must be a floating-point scalar, got {kind(scale)}."
+            )
         return None, scale.astype(jnp.float32).reshape((1,))
     if isinstance(scale, (bool, np.bool_)) or np.ndim(scale) != 0:
         raise TypeError(f"scale must be a scalar, got {kind(scale)}.")
@@ -282,7 +289,9 @@ def window_side(side, size) -> int | None:
             f"got {size!r}."
         ) from None
     if side < 0:
-        raise ValueError(f"local_window_size must not be negative, got {size!r}; unbounded is None.")
+        raise ValueError(
+            f"local_window_size must not be negative, got {size!r}; unbounded is None."
+        )
     return side if side < MAX_INT32 else None
 
 
@@ -297,9 +306,9 @@ def check_not_built_yet(
     dropout_key=None,
 ):
     """Options whose names are reserved; each must be at its neutral value."""
-    if logits_soft_cap is not None:
-        if not isinstance(logits_soft_cap, jax.Array) and not logits_soft_cap > 0:
-            raise ValueError(f"logits_soft_cap must be above 0 or None, got {logits_soft_cap!r}.")
+    cap = 1.0 if logits_soft_cap is None else logits_soft_cap
+    if not isinstance(cap, jax.Array) and not cap > 0:
+        raise ValueError(f"logits_soft_cap must be above 0 or None, got {logits_soft_cap!r}.")
     if not isinstance(dropout_rate, jax.Array) and not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate!r}.")
     if not isinstance(num_sink_tokens, jax.Array) and num_sink_tokens < 0:

@@ -11,15 +11,16 @@ summed over the devices. Heads are sharded over m devices
     otherwise               over the leading mesh axes that do fit, or not at all
 
 Sequence and head dim are never split: an operand sharded there is an error with advice, since the
-silent answer is an all-gather. The rule reaches XLA by custom_partitioning, for Shardy and GSPMD; on
-one device and where shard_map has made all axes manual, jax lowers the plain primitive instead.
+silent answer is an all-gather. The rule reaches XLA by custom_partitioning, for Shardy and GSPMD;
+on one device and where shard_map has made all axes manual, jax lowers the plain primitive instead.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,20 +81,36 @@ def axes_of(entry) -> tuple:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
-def entries(x) -> list:
-    """The mesh axes of each dim of an array; none where its sharding does not name them."""
-    spec = getattr(x.sharding, "spec", None) or ()
-    used = [axes_of(entry) for entry in spec] + [()] * (len(x.shape) - len(spec))
-    mesh_shape = x.sharding.mesh.shape if spec else {}
-    return [tuple(a for a in axes if mesh_shape[a] > 1) for axes in used]
+def entries(x, mesh_shape) -> list:
+    """The mesh axes over which each dim of an array is sharded."""
+    if x.sharding is None:
+        return [()] * len(x.shape)
+    if hasattr(x.sharding, "spec"):
+        named = [axes_of(entry) for entry in x.sharding.spec]
+        named += [()] * (len(x.shape) - len(named))
+        return [tuple(a for a in axes if mesh_shape[a] > 1) for axes in named]
+    # Inside a partly manual shard_map XLA only tells into how many parts each dim is cut. A wrong
+    # guess among axes of one size costs a collective and stays right: XLA reshards as we ask.
+    left, found = [a for a in mesh_shape if mesh_shape[a] > 1], []
+    for size, part in zip(x.shape, x.sharding.shard_shape(tuple(x.shape))):
+        ways = size // part if part else 1
+        fits = (
+            axes
+            for n in range(len(left) + 1)
+            for axes in itertools.combinations(left, n)
+            if math.prod(mesh_shape[a] for a in axes) == ways
+        )
+        found.append(next(fits, ()))
+        left = [a for a in left if a not in found[-1]]
+    return found
 
 
-def check_whole_rows(operands: Operands) -> None:
+def check_whole_rows(operands: Operands, mesh_shape) -> None:
     """Refuses an operand that is sharded along its sequence or head dim."""
     for (name, x), dims in zip(operands._asdict().items(), OPERAND_DIMS):
         for position, dim in enumerate(dims.split()):
-            axes = () if x is None or dim in "bhk" else entries(x)[position]
-            if axes:
+            axes = () if x is None or dim in "bhk" else entries(x, mesh_shape)[position]
+            if x is not None and axes:
                 along = "head dim" if dim == "d" else "sequence"
                 raise ValueError(
                     f"jax_flashattn.attention: {name} {list(x.shape)} is sharded along its {along} "
@@ -107,7 +124,7 @@ def check_whole_rows(operands: Operands) -> None:
 def choose(tree, mesh_shape) -> Split:
     """Over which mesh axes batch and heads are sharded, given where the operands are."""
     operands, extent = parts(tree)[0], sizes(tree)
-    query, *keys = (entries(x) for x in operands[:3])
+    query, *keys = (entries(x, mesh_shape) for x in operands[:3])
 
     def devices(axes) -> int:
         return math.prod(mesh_shape[a] for a in axes)
@@ -126,6 +143,49 @@ def choose(tree, mesh_shape) -> Split:
 
     heads = longest([unused(x[2]) for x in (query, *keys)], heads_fit)
     return Split(batch, heads, longest([heads], lambda m: extent.k % m == 0))
+
+
+class Shard(NamedTuple):
+    """What one device does besides its own attention. Static; the default is nothing."""
+
+    copied: tuple = ()  # the mesh axes over which a key/value head has several readers
+    group: int = 1  # query heads for each key/value head
+    dbias: tuple = ()  # the mesh axes over which a bias is shared
+
+
+def make_shard(tree, split: Split, options: Options) -> Shard:
+    extent, bias = sizes(tree), parts(tree)[0].bias
+    dbias: tuple = ()
+    if options.bias_gradient:
+        dbias += split.b if bias.shape[0] == 1 else ()
+        dbias += split.h if bias.shape[1] == 1 else ()
+    return Shard(split.h[len(split.k) :], extent.h // extent.k, dbias)
+
+
+def run_shard(attend, tree, options: Options, shard: Shard) -> list:
+    """attend(tree, options) on the arrays of one device, as its Shard wants it."""
+    operands, rest = parts(tree)
+    key, value = operands.key, operands.value
+    if shard.copied:  # all query heads here read one of the key/value heads here
+        first = jax.lax.axis_index(shard.copied) * operands.query.shape[2]
+        head = first // shard.group
+        key, value = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (key, value))
+    local = operands._replace(key=key, value=value)
+    results = attend(type(tree)(local, *rest) if rest else local, options)
+    if not rest:
+        return results
+
+    def total(dx, x):
+        if not shard.copied:
+            return dx
+        zeros = jnp.zeros(x.shape, jnp.float32)
+        dx = jax.lax.dynamic_update_slice_in_dim(zeros, dx.astype(jnp.float32), head, axis=2)
+        return jax.lax.psum(dx, shard.copied).astype(x.dtype)
+
+    dq, dk, dv, *dbias = results
+    if shard.dbias:
+        dbias = [jax.lax.psum(dbias[0], shard.dbias)]
+    return [dq, total(dk, operands.key), total(dv, operands.value), *dbias]
 
 
 def spec(x, dims: str, split: Split, extent: Sizes) -> PartitionSpec:
@@ -161,23 +221,43 @@ def sharding_rule(structure, options: Options, mesh, operand_types, result_types
 
 def result_types(operands: Operands) -> tuple:
     """The sharding field of the types of out and lse. Explicit mesh axes are part of a type."""
-    check_whole_rows(operands)
-    query, sharding = operands.query, operands.query.sharding
+    sharding = operands.query.sharding
+    check_whole_rows(operands, sharding.mesh.shape)
     batch, _, heads, _ = (*sharding.spec, *[None] * (4 - len(sharding.spec)))
     out = NamedSharding(sharding.mesh, PartitionSpec(batch, None, heads, None))
     lse = NamedSharding(sharding.mesh, PartitionSpec(batch, heads, None))
     return dict(sharding=out), dict(sharding=lse)
 
 
+class PartlyManual(NamedTuple):
+    """The inside of a shard_map over some of the mesh axes: XLA partitions over the others."""
+
+    mesh: Mesh  # whole, what collectives need
+    rest: Mesh  # the axes that are not manual, what shardings refer to
+
+
+def partly_manual(axis_context) -> PartlyManual | None:
+    """Which such region is being lowered, if any, from what jax's lowering context says."""
+    mesh = getattr(axis_context, "mesh", None)
+    manual = getattr(axis_context, "manual_axes", frozenset())
+    if mesh is None or not manual or set(manual) == set(mesh.axis_names):
+        return None
+    devices = mesh.devices[tuple(0 if a in manual else slice(None) for a in mesh.axis_names)]
+    return PartlyManual(mesh, Mesh(devices, [a for a in mesh.axis_names if a not in manual]))
+
+
 @functools.cache
-def partitioned(primitive, structure, options: Options):
+def partitioned(primitive, structure, options: Options, region: PartlyManual | None):
     """`primitive` as a function of its leaves that the SPMD partitioner can split."""
+
+    bind = functools.partial(primitive.bind, structure=structure, options=options)
 
     @custom_partitioning
     def whole(*leaves):
-        return primitive.bind(*leaves, structure=structure, options=options)
+        return bind(*leaves, shard=Shard())
 
     def shardings(mesh, leaves, results):
+        mesh = mesh if region is None else region.rest
         tree = structure.unflatten(leaves)
         split, extent = choose(tree, mesh.shape), sizes(tree)
 
@@ -188,10 +268,11 @@ def partitioned(primitive, structure, options: Options):
         return tree, split, tuple(of(leaves, dims_of_leaves(tree))), result
 
     def partition(mesh, leaves, results):
-        check_whole_rows(parts(structure.unflatten(leaves))[0])
         tree, split, operand_shardings, result_shardings = shardings(mesh, leaves, results)
-        run = shard_function(primitive, structure, options, tree, split)
-        return mesh, run, result_shardings, operand_shardings
+        check_whole_rows(parts(tree)[0], mesh.shape if region is None else region.rest.shape)
+        mesh = mesh if region is None else region.mesh
+        shard = functools.partial(bind, shard=make_shard(tree, split, options))
+        return mesh, shard, result_shardings, operand_shardings
 
     def infer(mesh, leaves, results):
         return shardings(mesh, leaves, results)[3]
@@ -202,41 +283,3 @@ def partitioned(primitive, structure, options: Options):
         sharding_rule=functools.partial(sharding_rule, structure, options),
     )
     return whole
-
-
-def shard_function(primitive, structure, options: Options, tree, split: Split):
-    """The work of one device on its shards; `tree` has the full extents."""
-    extent, bias = sizes(tree), parts(tree)[0].bias
-    copied = split.h[len(split.k) :]  # mesh axes over which a key/value head has several readers
-    dbias_axes: tuple = ()  # over which a bias is shared
-    if options.bias_gradient:
-        dbias_axes += split.b if bias.shape[0] == 1 else ()
-        dbias_axes += split.h if bias.shape[1] == 1 else ()
-
-    def run(*leaves):
-        tree = structure.unflatten(leaves)
-        operands, rest = parts(tree)
-        key, value = operands.key, operands.value
-        if copied:
-            first = jax.lax.axis_index(copied) * operands.query.shape[2]
-            head = first // (extent.h // extent.k)
-            key, value = (jax.lax.dynamic_slice_in_dim(x, head, 1, axis=2) for x in (key, value))
-        local = operands._replace(key=key, value=value)
-        local = type(tree)(local, *rest) if rest else local
-        results = primitive.bind(*jax.tree.leaves(local), structure=structure, options=options)
-        if not rest:
-            return results
-
-        def total(dx, x):
-            if not copied:
-                return dx
-            zeros = jnp.zeros(x.shape, jnp.float32)
-            dx = jax.lax.dynamic_update_slice_in_dim(zeros, dx.astype(jnp.float32), head, axis=2)
-            return jax.lax.psum(dx, copied).astype(x.dtype)
-
-        dq, dk, dv, *dbias = results
-        if dbias_axes:
-            dbias = [jax.lax.psum(dbias[0], dbias_axes)]
-        return [dq, total(dk, operands.key), total(dv, operands.value), *dbias]
-
-    return run

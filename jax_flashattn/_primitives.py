@@ -7,8 +7,8 @@
 present where options.bias_gradient.
 
 Each of them has a batching rule (_batching.py) and lowers, through its partitioning rule
-(_partitioning.py), to a second primitive that stands for the work of one device. Only that one knows
-platforms: cuda becomes an XLA FFI custom call, everything else the reference.
+(_partitioning.py), to a second primitive that stands for the work of one device. Only that one
+knows platforms: cuda becomes an XLA FFI custom call, everything else the reference.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The only private import. A primitive that lowers to custom_partitioning needs the device assignment
-# while it is lowered, and this set is the one place to say so.
+# The only private import. A primitive that lowers to custom_partitioning needs the device
+# assignment while it is lowered, and this set is the one place to say so.
 from jax._src import dispatch
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -71,10 +72,11 @@ def backward_reference(residuals: Residuals, options: Options) -> list:
 
 
 def forward_cuda(operands: Operands, options: Options) -> list:
+    if falls_back(operands, options, backward=False):
+        return forward_reference(operands, options)
     batch, q_len, heads, _ = operands.query.shape
-    out = jax.ShapeDtypeStruct(
-        (batch, q_len, heads, operands.value.shape[3]), operands.query.dtype
-    )
+    out_shape = (batch, q_len, heads, operands.value.shape[3])
+    out = jax.ShapeDtypeStruct(out_shape, operands.query.dtype)
     lse = jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32)
     call = jax.ffi.ffi_call(_ffi.FORWARD_TARGET, (out, lse))
     out, lse = call(*filled(operands), **_ffi.attributes(options, backward=False))
@@ -83,6 +85,8 @@ def forward_cuda(operands: Operands, options: Options) -> list:
 
 def backward_cuda(residuals: Residuals, options: Options) -> list:
     operands, out, lse, d_out, d_lse = residuals
+    if falls_back(operands, options, backward=True):
+        return backward_reference(residuals, options)
     if options.finite_lse:
         lse = jnp.where(lse == _reference.LOWEST, -jnp.inf, lse)
     scratch = _ffi.plan(operands, options, backward=True).scratch_floats
@@ -91,16 +95,15 @@ def backward_cuda(residuals: Residuals, options: Options) -> list:
     results += [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (dbias_shape, (scratch,))]
     d_lse = jnp.zeros((0,), jnp.float32) if d_lse is None else d_lse
     call = jax.ffi.ffi_call(_ffi.BACKWARD_TARGET, results)
-    grads = call(
-        *filled(operands), out, lse, d_out, d_lse, **_ffi.attributes(options, backward=True)
-    )
+    arrays = (*filled(operands), out, lse, d_out, d_lse)
+    grads = call(*arrays, **_ffi.attributes(options, backward=True))
     return list(grads[: 4 if options.bias_gradient else 3])
 
 
 def filled(operands: Operands) -> list:
     """The operands with an empty array for each absent one: a handler has a fixed arity."""
-    empty = Operands(*[None] * 3, *"f4 ? f4 i4 i4".split())
-    return [jnp.zeros((0,), e) if x is None else x for x, e in zip(operands, empty)]
+    dtypes = (None, None, None, "f4", "?", "f4", "i4", "i4")
+    return [jnp.zeros((0,), d) if x is None else x for x, d in zip(operands, dtypes)]
 
 
 @functools.cache
@@ -145,57 +148,53 @@ def wrong_platform(options: Options, platform: str) -> str:
     )
 
 
-def lower_reference(reference):
-    def rule(ctx, *leaves, structure, options: Options):
-        if options.wants_cuda:
-            platforms = ctx.platforms or ctx.module_context.platforms
-            raise NotImplementedError(wrong_platform(options, ", ".join(platforms)))
-        return lower(reference, ctx, leaves, structure, options)
+def falls_back(operands: Operands, options: Options, *, backward: bool) -> bool:
+    reason = unserved(operands, options, backward=backward)
+    if reason is not None and _ffi.extension is None and options.implementation is None:
+        warn_without_kernels()
+    return reason is not None
+
+
+def lower_local(attend):
+    """Lowering of the primitive for one device; attend(tree, options) traces what it computes."""
+
+    def rule(ctx, *leaves, structure, options: Options, shard):
+        def flat(*leaves):
+            tree = structure.unflatten(leaves)
+            return _partitioning.run_shard(attend, tree, options, shard)
+
+        # Here arrays are those of one device, and the mesh of the surrounding program, to which
+        # their types may still refer, must not make jax constrain their sharding again.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            plain = [
+                [ShapedArray(x.shape, x.dtype) for x in avals]
+                for avals in (ctx.avals_in, ctx.avals_out)
+            ]
+            ctx = ctx.replace(avals_in=plain[0], avals_out=plain[1])
+            return mlir.lower_fun(flat, multiple_results=True)(ctx, *leaves)
 
     return rule
 
 
-def lower_cuda(kernel, reference, *, backward: bool):
-    def rule(ctx, *leaves, structure, options: Options):
-        tree = structure.unflatten(ctx.avals_in)
-        operands = tree.operands if backward else tree
-        reason = unserved(operands, options, backward=backward)
-        if reason is not None and _ffi.extension is None and options.implementation is None:
-            warn_without_kernels()
-        return lower(kernel if reason is None else reference, ctx, leaves, structure, options)
+def define(name: str, shapes, reference, kernel) -> Primitive:
+    """The primitive that users' programs hold, above the one that a single device lowers."""
+    whole, local = Primitive(name), Primitive(f"{name}_local")
+    for primitive in (whole, local):
+        primitive.multiple_results = True
 
-    return rule
-
-
-def lower(function, ctx, leaves, structure, options: Options):
-    def flat(*leaves):
-        return function(structure.unflatten(leaves), options)
-
-    return mlir.lower_fun(flat, multiple_results=True)(ctx, *leaves)
-
-
-def define(name: str, shapes) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-
-    @primitive.def_abstract_eval
-    def abstract_eval(*avals, structure, options: Options):
+    @whole.def_abstract_eval
+    def whole_abstract_eval(*avals, structure, options: Options):
         return shapes(structure.unflatten(avals), options)
 
-    return primitive
-
-
-def define_pair(name: str, shapes, kernel, reference, *, backward: bool) -> Primitive:
-    """The primitive that users' programs hold, above the one that a single device lowers."""
-    local = define(f"{name}_local", shapes)
-    mlir.register_lowering(local, lower_reference(reference))
-    mlir.register_lowering(
-        local, lower_cuda(kernel, reference, backward=backward), platform="cuda"
-    )
-    whole = define(name, shapes)
+    @local.def_abstract_eval
+    def local_abstract_eval(*avals, structure, options: Options, shard):
+        return shapes(structure.unflatten(avals), options)
 
     @functools.partial(jax.jit, static_argnames=("structure", "options"))
     def run(*leaves, structure, options):
+        if not any(isinstance(x, Tracer) for x in leaves):
+            # jax_debug_nans calls this without jit to find the operation that made a NaN.
+            return reference(structure.unflatten(leaves), options)
         return whole.bind(*leaves, structure=structure, options=options)
 
     @whole.def_impl
@@ -203,21 +202,27 @@ def define_pair(name: str, shapes, kernel, reference, *, backward: bool) -> Prim
         with jax.disable_jit(False):  # under disable_jit, run would come back here for ever
             return run(*leaves, structure=structure, options=options)
 
-    def partitioned(*leaves, structure, options):
-        function = _partitioning.partitioned(local, structure, options)
-        return function(*leaves)
+    def lower_whole(ctx, *leaves, structure, options):
+        platforms = ctx.platforms or ctx.module_context.platforms
+        if options.wants_cuda and set(platforms) != {"cuda"}:
+            raise NotImplementedError(wrong_platform(options, ", ".join(platforms)))
+        region = _partitioning.partly_manual(ctx.module_context.axis_context)
+        function = _partitioning.partitioned(local, structure, options, region)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *leaves)
 
     dispatch.prim_requires_devices_during_lowering.add(whole)
     batching.primitive_batchers[whole] = functools.partial(_batching.rule, whole)
-    mlir.register_lowering(whole, mlir.lower_fun(partitioned, multiple_results=True))
+    mlir.register_lowering(whole, lower_whole)
+    mlir.register_lowering(local, lower_local(reference))
+    mlir.register_lowering(local, lower_local(kernel), platform="cuda")
     return whole
 
 
-flash_attention_fwd_p = define_pair(
-    "flash_attention_fwd", forward_shapes, forward_cuda, forward_reference, backward=False
+flash_attention_fwd_p = define(
+    "flash_attention_fwd", forward_shapes, forward_reference, forward_cuda
 )
-flash_attention_bwd_p = define_pair(
-    "flash_attention_bwd", backward_shapes, backward_cuda, backward_reference, backward=True
+flash_attention_bwd_p = define(
+    "flash_attention_bwd", backward_shapes, backward_reference, backward_cuda
 )
 
 
@@ -240,4 +245,5 @@ def no_second_order(primals, tangents, **_):
     )
 
 
+ad.primitive_jvps[flash_attention_fwd_p] = no_second_order
 ad.primitive_jvps[flash_attention_bwd_p] = no_second_order

@@ -10,7 +10,7 @@
 Computed in float32 whatever the input dtype and whatever jax_enable_x64 says, one chunk of query
 rows at a time: the scores of a long sequence never exist at once.
 
-Axes: b batch, i query row, j key, k key/value head, g query head within its group, h and e head dims.
+Axes: b batch, i query row, j key, k key/value head, g query head of its group, h and e head dims.
 Query heads are split as n = (k g), so keys and values are never repeated.
 """
 
@@ -121,7 +121,7 @@ def backward(operands: Operands, out, lse, d_out, d_lse, options: Options) -> li
 
 
 def scores(operands: Operands, options: Options, rows: Rows):
-    """Masked scores of a chunk, float32 [b, k, g, i, j]: the order of everything done to a score."""
+    """Masked scores of a chunk, float32 [b, k, g, i, j]: the order of all done to a score."""
     bias = group_heads(operands.bias, operands) if rows.bias is None else rows.bias
     mask = group_heads(operands.mask, operands) if rows.mask is None else rows.mask
     q, k = queries(operands, rows, rows.query), keys(operands, operands.key)
@@ -161,7 +161,7 @@ def per_batch(x):
     return x.reshape(x.shape[0], 1, 1, 1, 1)
 
 
-def scale(operands: Operands, options: Options):
+def scale(operands: Operands, options: Options) -> Any:
     return options.scale if operands.scale is None else per_batch(operands.scale)
 
 
@@ -212,7 +212,9 @@ def split_rows(operands: Operands, out=None, lse=None, d_out=None, d_lse=None) -
         return None if x is None or x.shape[2] == 1 else group_heads(x, operands)
 
     def grouped(x):  # [b, i, n, h] -> [b, i, k, g, h]
-        return None if x is None else x.reshape(*x.shape[:2], kv_heads, heads // kv_heads, x.shape[3])
+        return (
+            None if x is None else x.reshape(*x.shape[:2], kv_heads, heads // kv_heads, x.shape[3])
+        )
 
     whole = Rows(
         position=jnp.arange(q_len, dtype=jnp.int32),

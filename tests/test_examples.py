@@ -19,6 +19,8 @@ TRAINING = {
     "04_train_language_model_equinox.py": "equinox",
 }
 
+SHARDED = "05_data_parallel_and_head_sharded.py"
+
 
 def run(name, *arguments, platform="cpu"):
     """What the example prints, run in a process of its own."""
@@ -46,7 +48,8 @@ def first_and_last(output, attention):
 
 
 def test_all_examples_are_here():
-    tested = {"01_quickstart.py", "02_drop_in_for_jax_nn.py", *TRAINING, "training.py"}
+    tested = {"01_quickstart.py", "02_drop_in_for_jax_nn.py", *TRAINING, "training.py", SHARDED,
+              "06_long_context.py", "07_rematerialise.py"}  # fmt: skip
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -65,6 +68,72 @@ def test_drop_in():
     assert max(differences) < 1e-4
     assert re.search(r"masked row here: +\[0\. 0\. 0\.\]", output)
     assert not re.search(r"masked row in jax.nn: +\[0\. 0\. 0\.\]", output)
+
+
+def sharded_run(output):
+    """Largest difference of the losses, after checking that they fell."""
+    for where in ("sharded", "on one device"):
+        first, last = re.search(rf"loss, {where}: +(\S+) -> (\S+)", output).groups()
+        assert float(last) < float(first) / 10
+    return float(re.search(r"largest difference: (\S+)", output)[1])
+
+
+@pytest.mark.slow
+def test_sharded_training():
+    output = run(SHARDED)
+    assert "mesh: {'data': 4, 'model': 2} of cpu\n" in output
+    assert re.search(r"collectives of the compiled step: \{'all-reduce': \d+\}\n", output)
+    assert sharded_run(output) < 1e-4
+
+
+@pytest.mark.slow
+def test_sharded_training_notices_a_gather(tmp_path):
+    """Positive control: the example fails where attention's query is gathered over the mesh."""
+    text = (EXAMPLES / SHARDED).read_text()
+    gathered = "attention(jax.lax.with_sharding_constraint(q, NamedSharding(mesh, P())), k"
+    mutant = re.sub(r"(BATCH, LENGTH, STEPS = .*), \d+\n", r"\1, 1\n", text)
+    mutant = mutant.replace("attention(q, k", gathered).replace("train(one, one)", "([], None)")
+    assert mutant.count(gathered) == 1
+    (tmp_path / "mutant.py").write_text(mutant)
+    with pytest.raises(AssertionError, match="something was gathered"):
+        run(tmp_path / "mutant.py")
+
+
+@pytest.mark.slow
+def test_long_context():
+    output = run("06_long_context.py")
+    sizes = re.findall(r"^(.+): +([\d,]+) MB", output, re.M)
+    megabytes = {name: int(size.replace(",", "")) for name, size in sizes}
+    assert megabytes["the score matrix"] == 2 * 16384**2 * 4 // 10**6
+    assert megabytes["temporary memory"] < megabytes["the score matrix"] / 4
+    # What the bound would catch: XLA's own attention holds the scores.
+    assert megabytes["temporary in jax.nn"] > megabytes["the score matrix"] / 4
+    assert output.count("relative error") == 3
+
+
+def test_rematerialise():
+    output = run("07_rematerialise.py")
+    runs = dict(re.findall(r"^(.+ saved): .* attention's forward runs (\d) times", output, re.M))
+    assert runs == {"everything saved": "2", "nothing saved": "4", "out and lse saved": "2"}
+    counts = [int(x) for x in re.findall(r"saved: (\d+) arrays", output)]
+    assert counts[0] > counts[2] > counts[1]
+    saved = output.partition("saved with the policy:")[2]
+    for name in ("flash_attention_out", "flash_attention_lse"):
+        assert saved.count(f"named '{name}'") == 2  # one in each layer
+    differences = [float(x) for x in re.findall(r"difference of a gradient (\S+)", output)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-6
+
+
+@pytest.mark.gpu
+def test_sharding_memory_and_rematerialisation_on_the_gpu():
+    output = run(SHARDED, platform="cuda")
+    assert "'jax_flashattn_bwd_v1'" in output
+    sharded_run(output)
+    output = run("06_long_context.py", platform="cuda")
+    assert output.startswith("cuda:")
+    assert output.count("relative error") == 3
+    run("07_rematerialise.py", platform="cuda")
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ struct OnlineSoftmax {
   // Scores of the next tile become probabilities relative to the new maximum; what was accumulated in `o` follows it.
   template <int kCols, int kOutCols>
   __device__ __forceinline__ void update(Fragment<kRows, kCols>& s, Fragment<kRows, kOutCols>& o) {
+    float reference[kRows];  // m in log2 units
+    bool large = false;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float tile_max = s.v[r][0];
@@ -34,21 +36,30 @@ struct OnlineSoftmax {
       const float previous = m[r];
       m[r] = fmaxf(previous, max_over_row(tile_max));
       // A row that has seen nothing yet: any finite reference gives 2^-inf = 0, and avoids -inf - -inf.
-      const float reference = m[r] == minus_infinity() ? 0.0f : multiply(m[r], factor_log2);
-      const float correction = exp2_approximate(multiply(previous, factor_log2) - reference);
+      reference[r] = m[r] == minus_infinity() ? 0.0f : multiply(m[r], factor_log2);
+      large |= fabsf(reference[r]) > kLargestFusedReference;
+      const float correction = exp2_approximate(multiply(previous, factor_log2) - reference[r]);
       l[r] *= correction;
       o.scale_row(r, correction);
-      // Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the
-      // division by the sum takes it out again. Only where that rounding is more than 1 it could overflow.
-      if (fabsf(reference) <= kLargestFusedReference) {
+    }
+    // Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the
+    // division by the sum takes it out again. Only where that rounding is more than 1 could it overflow or vanish.
+    if (large) {
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference);
-      } else {
+      for (int r = 0; r < kRows; ++r) {
+        const float shift = fabsf(reference[r]) > kLargestFusedReference ? m[r] : 0.0f;
+        if (shift != 0.0f) reference[r] = 0.0f;
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) s.v[r][c] = exp2_approximate((s.v[r][c] - m[r]) * factor_log2);
+        for (int c = 0; c < kCols; ++c) s.v[r][c] -= shift;
       }
+    }
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) l[r] += s.v[r][c];
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference[r]);
+        l[r] += s.v[r][c];
+      }
     }
   }
 
