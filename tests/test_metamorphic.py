@@ -1,7 +1,7 @@
 """Relations between calls, most of them bit for bit: on the reference, the emulator and a GPU.
 
-Each relation is a test of `run`, a way of running a Call (ways.py). test_mutant_breaks_its_relation
-hands the tests wrong ways, and they must fail.
+Each relation is a test of `run`, a way of running a Call (ways.py). test_metamorphic_mutants.py
+hands them wrong ways, and they must fail.
 """
 
 import jax
@@ -10,9 +10,17 @@ import pytest
 from cases import LENGTHS, normal
 from compare import assert_same_bits
 from ways import (
-    EAGER, IMPLEMENTATIONS, WAYS, Call, assert_same, differing, oracle, parts, through_jax,
-    visible, way_params,
-)  # fmt: skip
+    EAGER,
+    IMPLEMENTATIONS,
+    WAYS,
+    Call,
+    assert_same,
+    differing,
+    parts,
+    through_jax,
+    visible,
+    way_params,
+)
 
 
 @pytest.fixture(params=way_params("reference", "emulator", "gpu"))
@@ -252,105 +260,3 @@ def test_calls_in_between_change_nothing(run):
 def test_transformed_calls(way, transform):
     transformed = through_jax(IMPLEMENTATIONS[way], transform)
     assert_same(WAYS[way], parts(transformed(RAGGED)), parts(WAYS[way](RAGGED)))
-
-
-# Positive controls -------------------------------------------------------------------------------
-
-
-def edited(edit):
-    """A way that runs another call than it is asked to."""
-    return lambda call, gradients=True: oracle(edit(call), gradients)
-
-
-def spoiled(spoil):
-    """A way that changes the results: spoil(results, call)."""
-    return lambda call, gradients=True: (
-        lambda results: results | spoil(results, call)
-    )(oracle(call, gradients))  # fmt: skip
-
-
-def without(*options):
-    return edited(lambda call: call.but(**dict.fromkeys(options)))
-
-
-def rearranged(names, change):
-    return edited(lambda call: call.on(**{n: change(call.arrays()[n], call) for n in names}))
-
-
-KEYS, last_seen = ("key", "value"), []
-
-
-def remember(results, call):
-    last_seen.append(results["out"].mean())
-    return {"out": results["out"] + (last_seen[-2] if len(last_seen) > 1 else 0)}
-
-
-MUTANTS = {  # a wrong way, the test that must notice, its other arguments
-    "causality ignored": (without("is_causal"), test_unseen_keys_reach_no_row, "causal"),
-    "one key of the future": (
-        edited(lambda call: call.but(is_causal=None, local_window_size=(None, 1))),
-        test_unseen_keys_reach_no_row, "causal"),
-    "alignment ignored": (
-        without("causal_alignment"), test_unseen_keys_reach_no_row, "bottom-right"),
-    "window wider by one": (
-        edited(lambda call: call.but(local_window_size=(21, 7))),
-        test_unseen_keys_reach_no_row, "window"),
-    "left side ignored": (without("local_window_size"), test_unseen_keys_reach_no_row, "left"),
-    "right side ignored": (without("local_window_size"), test_unseen_keys_reach_no_row, "right"),
-    "lengths ignored": (without(*LENGTHS), test_unseen_keys_reach_no_row, "lengths"),
-    "mask ignored": (
-        edited(lambda call: call.on(mask=None)), test_unseen_keys_reach_no_row, "mask"),
-    "gradient of unseen keys": (
-        spoiled(lambda results, call: {"key": results["key"] + 1e-9}),
-        test_unseen_keys_reach_no_row, "causal"),
-    "zero times NaN": (oracle, test_padding_reaches_nothing, {}, (64, 129)),
-    "batches share keys": (
-        rearranged(KEYS, lambda x, call: x[[0] * len(x)]), test_entries_do_not_mix, "batch"),
-    "heads share keys": (
-        rearranged(KEYS, lambda x, call: x[:, :, [0] * x.shape[2]]),
-        test_entries_do_not_mix, "heads"),
-    "one length for all": (
-        rearranged(LENGTHS, lambda x, call: x[[0] * len(x)]),
-        test_an_entry_is_the_same_in_any_batch, [2, 0, 1]),
-    "depends on the batch size": (
-        spoiled(lambda results, call: {"out": results["out"] * (1 + len(results["out"]) / 50)}),
-        test_an_entry_is_the_same_in_any_batch, [1]),
-    "groups interleaved": (
-        rearranged(KEYS, lambda x, call: x[:, :, np.arange(call.heads) % x.shape[2]]),
-        test_grouped_heads_equal_repeated_keys),
-    "lse in base 2": (
-        spoiled(lambda results, call: {"lse": results["lse"] / np.log(2)}),
-        test_pieces_of_keys_merge_by_lse),
-    "pieces aligned to the left": (without("causal_alignment"), test_prefill_in_pieces),
-    "scale ignored": (without("scale"), test_power_of_two_moves_between_query_and_scale, 2, False),
-    "the last call leaks": (spoiled(remember), test_calls_in_between_change_nothing),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutant_breaks_its_relation(mutant):
-    wrong, relation, *arguments = MUTANTS[mutant]
-    if wrong is not oracle:
-        relation(oracle, *arguments) if relation is not test_padding_reaches_nothing else None
-    with pytest.raises(AssertionError):
-        relation(wrong, *arguments)
-
-
-@pytest.mark.parametrize("flag", FLAGS)
-def test_mutant_of_a_flag_is_noticed(flag):
-    """A flag that is ignored, and a neutral value that is taken for the other one."""
-    call, name, value, neutral = FLAGS[flag]
-    test_flag_changes_the_rows_that_it_should(oracle, flag)
-    test_neutral_value_of_a_flag_changes_nothing(oracle, flag)
-    with pytest.raises(AssertionError):
-        test_flag_changes_the_rows_that_it_should(edited(lambda _: call), flag)
-    plain = call.options.get(name), call.given.get(name)
-    taken = edited(
-        lambda other: (
-            other
-            if (other.options.get(name), other.given.get(name)) == plain
-            else with_flag(call, name, value)
-        )
-    )
-    with pytest.raises(AssertionError):
-        test_neutral_value_of_a_flag_changes_nothing(taken, flag)

@@ -72,19 +72,19 @@ struct OnlineSoftmax {
 };
 
 // The backward of one tile: with p = 2^(s factor - lse), ds = p (dp - delta). Scores become p and `dp` becomes ds.
-// lse is in log2 units and +inf for a row that sees nothing. Where p is 0 so is ds, whatever dp holds.
-template <int kRows, int kCols>
+// lse is in log2 units and +inf for a row that sees nothing. A masked score gives 0 for both, whatever else is NaN.
+template <bool kMasked, int kRows, int kCols>
 __device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Fragment<kRows, kCols>& dp,
                                                  float factor_log2, const float (&lse_log2)[kRows],
-                                                 const float (&delta)[kRows], bool masked) {
+                                                 const float (&delta)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
+      const bool hidden = kMasked && s.v[r][c] == minus_infinity();
       const float p = exp2_approximate(s.v[r][c] * factor_log2 - lse_log2[r]);
-      const float ds = p * (dp.v[r][c] - delta[r]);
-      s.v[r][c] = p;
-      dp.v[r][c] = masked && p == 0.0f ? 0.0f : ds;
+      s.v[r][c] = hidden ? 0.0f : p;
+      dp.v[r][c] = hidden ? 0.0f : p * (dp.v[r][c] - delta[r]);
     }
   }
 }

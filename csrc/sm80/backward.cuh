@@ -147,9 +147,12 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
     product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, score_row), RowOperandB<TileK>(smem.v, score_col));
 
     const Interval unmasked = sequence.keys_of_all_rows(i + score_row, i + score_row + Layout::kScoreRows);
-    const bool masked = rule.needs_mask(unmasked, j + score_col, j + score_col + Layout::kScoreCols);
-    if (masked) rule.apply(s, at, sequence);
-    softmax_gradient(s, ds, rule.factor_log2, lse, delta, masked);
+    if (rule.needs_mask(unmasked, j + score_col, j + score_col + Layout::kScoreCols)) {
+      rule.apply(s, at, sequence);
+      softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+    } else {
+      softmax_gradient<false>(s, ds, rule.factor_log2, lse, delta);
+    }
     store_fragment<Element>(smem.p, s, Position<>(score_row, score_col));
     store_fragment<Element>(smem.ds, ds, Position<>(score_row, score_col));
     barrier();  // P and dS are complete

@@ -38,7 +38,7 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
   ds.clear();
   product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, warp_tile_row), RowOperandB<TileK>(smem.v, 0));
   rule.apply(s, at, sequence);
-  softmax_gradient(s, ds, rule.factor_log2, lse, delta, true);
+  softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
   return ds;
 }
 

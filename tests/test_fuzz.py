@@ -1,0 +1,158 @@
+"""Random calls, 200 on a CPU and 1000 on a GPU: fuzz.py, and proof that it would find something."""
+
+import concurrent.futures
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import fuzz
+import numpy as np
+import pytest
+from cases import LENGTHS
+from compare import expected
+from oracle import attend
+from ways import NO_EMULATOR
+
+# Compiling the reference for a shape takes a second, a run on the emulator a tenth of it.
+REFERENCE_SEEDS, EMULATOR_SEEDS = range(40), range(40, 200)
+GPU_CALLS, GPU_PROCESSES = 1000, 8
+
+
+@pytest.mark.parametrize("seed", REFERENCE_SEEDS)
+def test_reference(seed):
+    fuzz.check(seed, "reference")
+
+
+@NO_EMULATOR
+@pytest.mark.parametrize("seed", EMULATOR_SEEDS)
+def test_emulator(seed):
+    fuzz.check(seed, "emulator")
+
+
+@pytest.mark.gpu
+def test_gpu():
+    """In processes of their own: most of the time is tracing, and a fault ends one process only."""
+    each = GPU_CALLS // GPU_PROCESSES
+    threads = max(1, (os.cpu_count() or 1) // GPU_PROCESSES)
+
+    def run(first):
+        command = [sys.executable, fuzz.__file__, "--way", "gpu", "--threads", str(threads)]
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        return subprocess.run(
+            [*command, "--seed", str(first), "--count", str(each)],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+
+    with concurrent.futures.ThreadPoolExecutor(GPU_PROCESSES) as pool:
+        done = list(pool.map(run, range(0, GPU_CALLS, each)))
+    reports = [f"{x.args}: exit status {x.returncode}\n{x.stdout}{x.stderr[-4000:]}" for x in done]
+    assert not any(x.returncode for x in done), "\n".join(reports)
+
+
+def test_every_pair_of_features_is_called():
+    """Among the seeds of the emulator, but for pairs that exclude each other."""
+    found = [fuzz.features(fuzz.draw(seed)) for seed in EMULATOR_SEEDS]
+    excluded = [{"bfloat16", "float16"}, {"more keys", "more queries"},
+                {"static scale", "traced scale"}]  # fmt: skip
+    pairs = map(set, itertools.combinations(sorted(set.union(*found)), 2))
+    missing = [pair for pair in pairs if not any(pair <= one for one in found)]
+    assert sorted(map(sorted, missing)) == sorted(map(sorted, excluded))
+
+
+def test_a_seed_is_one_call():
+    assert fuzz.draw(5) == fuzz.draw(5)
+    assert fuzz.draw(5).case.options == fuzz.draw(5).case.options
+    assert fuzz.draw(5) != fuzz.draw(6)
+
+
+def _without(name):
+    return lambda operands: {key: x for key, x in operands.items() if key != name}
+
+
+def _change(name, change):
+    return lambda operands: operands | ({name: change(operands[name])} if name in operands else {})
+
+
+def _widen(window):
+    left, right = window if isinstance(window, tuple) else (window, window)
+    return left, right if right is None else right + 1
+
+
+MUTANTS = {  # what is done to a call's options and arrays before it is run
+    "causality ignored": _without("is_causal"),
+    "alignment ignored": _without("causal_alignment"),
+    "window ignored": _without("local_window_size"),
+    "window one key wider": _change("local_window_size", _widen),
+    "query lengths ignored": _without(LENGTHS[0]),
+    "key lengths ignored": _without(LENGTHS[1]),
+    "query lengths one longer": _change(LENGTHS[0], lambda x: x + 1),
+    "key lengths one longer": _change(LENGTHS[1], lambda x: x + 1),
+    "mask ignored": _without("mask"),
+    "bias ignored": _change("bias", np.zeros_like),
+    "static or traced scale ignored": _without("scale"),
+    "key heads rotated": _change("key", lambda x: np.roll(x, 1, axis=2)),
+    "batch rotated": _change("value", lambda x: np.roll(x, 1, axis=0)),
+    "last value lost": _change("value", lambda x: np.concatenate([x[:, :-1], 0 * x[:, -1:]], 1)),
+}
+
+
+def _passes(call, mutate=lambda operands: operands):
+    """Whether the oracle, run on what `mutate` makes of a call, passes for the call."""
+    case, dtype = call.case, call.dtype
+    arrays, (d_out, d_lse) = case.arrays(dtype), case.cotangents(dtype)
+    operands = mutate(arrays | case.static())
+    results = attend(**operands, d_out=d_out, d_lse=d_lse, precision="float32")
+    dtypes = {name: x.dtype for name, x in arrays.items()} | {"out": d_out.dtype, "lse": "float32"}
+    results = {name: np.asarray(x).astype(dtypes[name]) for name, x in results.items()
+               if name in dtypes}  # fmt: skip
+    try:
+        fuzz.judge_call(case, dtype, results)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_found(mutant):
+    """By at least three of the seeds; without the mutation they pass."""
+    calls = map(fuzz.draw, EMULATOR_SEEDS)
+    found = (call for call in calls if not _passes(call, MUTANTS[mutant]))
+    found = list(itertools.islice(found, 3))
+    assert len(found) == 3
+    assert all(map(_passes, found))
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["device lives", "device is dead"])
+def test_failures_are_shown_and_the_device_is_asked(dead, monkeypatch):
+    """Seed 2 fails: the line that repeats it, then the canary, whose failure ends the run."""
+    tried, shown = [], []
+
+    def results(call, dtype, way, seed=0):
+        tried.append(call.case.name)
+        broken = call.case.name == "fuzz-2" or (dead and not call.case.name.startswith("fuzz"))
+        if broken:
+            raise RuntimeError("illegal address")
+        return expected(call.case, dtype, precision="float32") | {"out": None}
+
+    monkeypatch.setattr(fuzz, "results", results)
+    monkeypatch.setattr(fuzz, "judge_call", lambda case, dtype, actual: None)
+    status = fuzz.fuzz(range(5), "reference", show=shown.append)
+    assert status == (2 if dead else 1)
+    assert "python tests/fuzz.py --seed 2 --way reference\n" in shown[0]
+    assert "illegal address" in shown[0]
+    assert "dense-64x64" in tried
+    assert any("canary failed" in text for text in shown) == dead
+
+
+def test_command_line_repeats_a_seed():
+    path = pathlib.Path(fuzz.__file__)
+    done = subprocess.run(
+        [sys.executable, path, "--seed", "3"],
+        capture_output=True,
+        text=True,
+        cwd=path.parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "all right" in done.stdout
