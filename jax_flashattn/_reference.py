@@ -55,13 +55,14 @@ def forward(operands: Operands, options: Options) -> list:
 
     def chunk_forward(rows: Rows):
         s = scores(operands, options, rows)
-        top = jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)
-        empty = top == -jnp.inf  # false for NaN, which must spread
-        p = jnp.exp(s - jnp.where(empty, 0, top))
+        # Not from the maximum, which may drop a NaN on the CPU: a NaN is no empty row, and spreads.
+        empty = jnp.all(s == -jnp.inf, axis=-1, keepdims=True)
+        top = jnp.where(empty, 0, jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
+        p = jnp.exp(s - top)
         total = jnp.where(empty, 1, jnp.sum(p, axis=-1, keepdims=True))
         out = einsum("bkgij,bjke->bikge", p / total, keys(operands, operands.value))
         no_key = LOWEST if options.finite_lse else -jnp.inf
-        lse = jnp.where(empty, no_key, jnp.where(empty, 0, top) + jnp.log(total))
+        lse = jnp.where(empty, no_key, top + jnp.log(total))
         return out.astype(query.dtype), lse[..., 0]
 
     chunks = split_rows(operands)

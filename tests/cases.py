@@ -43,7 +43,7 @@ class Case:
         if self.bias is not None:
             arrays["bias"] = normal(rng, self.bias, self.bias_dtype or dtype)
         if self.mask is not None:
-            arrays["mask"] = rng.random(self.mask) < 0.7
+            arrays["mask"] = np.asarray(rng.random(self.mask) < 0.7)
         for name in LENGTHS:
             if name in self.options:
                 arrays[name] = np.asarray(self.options[name], np.int32)

@@ -102,31 +102,30 @@ class FullDevice:
 def kernels_without_memory():
     """Launches kernels for the first time when no memory is left to load their code.
 
-    Run in a process of its own. Prints what jax raised at each program, then runs them all again
-    with memory, and raises where one fails then or the first is wrong.
+    Run in a process of its own: CUDA remembers that a kernel could not be loaded. Prints what jax
+    raised first, then runs the kernels that were not tried, and raises if one fails or is wrong.
     """
     programs = {}
     for head_dim in _ffi.extension.build_info()["head_dims"]:
-        for dtype in ("bfloat16", "float16"):
-            for bias in (None, (1, 4, 70, 70)):
-                for backward in (False, True):
-                    raw = RawCall(backward, (2, 70, 4, head_dim), dtype=dtype, bias=bias)
-                    programs[head_dim, dtype, bias, backward] = raw, raw.compile()
-    failures = 0
+        for backward in (False, True):
+            raw = RawCall(backward, (2, 70, 4, head_dim))
+            programs[head_dim, backward] = raw, raw.compile()
+    tried = set()
     with FullDevice():
-        for _, program in programs.values():
+        for key, (_, program) in programs.items():
+            tried.add(key)
             try:
-                program()
+                jax.block_until_ready(program())
             except jax.errors.JaxRuntimeError as error:
-                failures += 1
                 print(f"failure: {error}")
-    print(f"{failures} of {len(programs)} programs failed")
-    for raw, program in programs.values():
+                break
+    for key in programs.keys() - tried:
+        raw, program = programs[key]
         results = program()
-        if not raw.backward and raw.arrays["bias"].size == 0:
+        if not raw.backward:
             operands = [raw.arrays[name] for name in FORWARD[:3]]
             desired = attention(*operands, implementation="xla")
             np.testing.assert_allclose(
                 np.float32(results["out"]), np.float32(desired), atol=2e-2, rtol=2e-2
             )
-    print("all ran afterwards")
+    print("all others ran afterwards")

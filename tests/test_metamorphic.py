@@ -10,7 +10,6 @@ import pytest
 from cases import LENGTHS, normal
 from compare import assert_same_bits
 from ways import (
-    EAGER,
     IMPLEMENTATIONS,
     WAYS,
     Call,
@@ -111,11 +110,10 @@ def test_entries_do_not_mix(run, axis):
     arrays = {name: x.astype(call.all_arrays()[name].dtype) for name, x in arrays.items()}
     clean, dirty = run(call), run(call.on(**arrays))
     for name, x in parts(clean).items():
-        (_, kept, last), (_, dirty_kept, dirty_last) = (
-            thirds(name, y)[0] for y in (x, dirty[name])
-        )
+        (_, kept, _), (_, dirty_kept, dirty_last) = (thirds(name, y)[0] for y in (x, dirty[name]))
         assert_same_bits(dirty_kept, kept)
-        assert (dirty_last != last).any(axis=-1).all()
+        if name not in ("key", "value"):  # the last of which no row sees
+            assert np.isnan(np.float32(dirty_last)).all()
 
 
 # Batches, heads and pieces -----------------------------------------------------------------------
@@ -255,8 +253,11 @@ def test_calls_in_between_change_nothing(run):
     assert_same_bits(parts(run(call)), first)
 
 
+TRANSFORMS = {"eager": lambda f: f, "vmap of unbatched": lambda f: jax.jit(jax.vmap(f))}
+
+
 @pytest.mark.parametrize("way", way_params("reference", "gpu"))
-@pytest.mark.parametrize("transform", [EAGER, jax.vmap], ids=["eager", "vmap of unbatched"])
-def test_transformed_calls(way, transform):
-    transformed = through_jax(IMPLEMENTATIONS[way], transform)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformed_calls_equal_jit(way, name):
+    transformed = through_jax(IMPLEMENTATIONS[way], TRANSFORMS[name])
     assert_same(WAYS[way], parts(transformed(RAGGED)), parts(WAYS[way](RAGGED)))

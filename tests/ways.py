@@ -60,37 +60,31 @@ def visible(call):
 # A way takes a Call and whether gradients are wanted, and returns {name: array}.
 
 
-def through_jax(implementation, transform=lambda function: function):
-    """A way from `attention` itself; `transform` is done to it as a function of arrays."""
+def through_jax(implementation, transform=jax.jit):
+    """A way from `attention` itself; `transform` is done to it as a function of two pytrees."""
 
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def compiled(arrays, cotangents, options, gradients):
-        return transform(functools.partial(plain, options=options, gradients=gradients))(
-            arrays, cotangents
-        )
+    @functools.cache
+    def transformed(options, gradients):
+        def function(arrays, cotangents):
+            primal = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
+            others = {name: x for name, x in arrays.items() if name not in primal}
 
-    def plain(arrays, cotangents, options, gradients):
-        primal = {name: arrays[name] for name in DIFFERENTIABLE if name in arrays}
-        others = {name: x for name, x in arrays.items() if name not in primal}
+            def call(primal):
+                return attention(
+                    **primal, **others, **dict(options), implementation=implementation,
+                    deterministic=True, return_lse=True,
+                )  # fmt: skip
 
-        def call(primal):
-            return attention(
-                **primal, **others, **dict(options), implementation=implementation,
-                deterministic=True, return_lse=True,
-            )  # fmt: skip
+            (out, lse), pullback = jax.vjp(call, primal)
+            return {"out": out, "lse": lse} | (pullback(cotangents)[0] if gradients else {})
 
-        (out, lse), pullback = jax.vjp(call, primal)
-        return {"out": out, "lse": lse} | (pullback(cotangents)[0] if gradients else {})
+        return transform(function)
 
     def run(call, gradients=True):
-        function = plain if transform is EAGER else compiled
         options = tuple(call.static().items())
-        return function(call.arrays(), call.cotangents(), options, gradients)
+        return transformed(options, gradients)(call.arrays(), call.cotangents())
 
     return run
-
-
-EAGER = object()  # as a transform: without jax.jit
 
 
 def emulated(call, gradients=True):

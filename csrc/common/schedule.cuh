@@ -8,13 +8,17 @@
 
 namespace jfa {
 
+// Tiles of one head run side by side and share what they read in the L2. Long work should not start last: in causal
+// attention the last query tiles see the most keys, and the first key tiles are seen by the most queries.
+enum class TileOrder { kLastFirst, kFirstFirst };
+
 struct WorkItem {
   int tile, head, batch;
 
-  // Tiles of one head run side by side and share its keys in the L2. They run last to first: causal attention has its
-  // longest tiles at the end, and long work should not start last.
-  __device__ __forceinline__ WorkItem(int index, int tiles, int heads)
-      : tile(tiles - 1 - index % tiles), head(index / tiles % heads), batch(index / tiles / heads) {}
+  __device__ __forceinline__ WorkItem(int index, int tiles, int heads, TileOrder order = TileOrder::kLastFirst)
+      : tile(order == TileOrder::kLastFirst ? tiles - 1 - index % tiles : index % tiles),
+        head(index / tiles % heads),
+        batch(index / tiles / heads) {}
 };
 
 // The tiles of one plane of a bias gradient; an axis of extent 1 has one tile.

@@ -63,8 +63,10 @@ struct ScoreRule {
         const int j = at.col(c);
         bool visible = keys.contains(j);
         if constexpr (kGeneral) {
-          float score = s.v[r][c] * (scale * kLog2e);
-          if (visible && bias.data != nullptr) score += kLog2e * load_as_float(bias, bias_row + j * bias.k_stride);
+          float score = multiply(s.v[r][c], scale * kLog2e);
+          if (visible && bias.data != nullptr) {
+            score = fmaf(kLog2e, load_as_float(bias, bias_row + j * bias.k_stride), score);
+          }
           if (visible && mask.data != nullptr) visible = load_as_float(mask, mask_row + j * mask.k_stride) != 0.0f;
           s.v[r][c] = score;
         }

@@ -1,4 +1,5 @@
-// Softmax over keys that come tile by tile (online softmax), and its inverse for the backward.
+// Softmax over keys that come tile by tile (online softmax), and its inverse for the backward. Which products are fused
+// with an addition is written out: left to the compiler, it would depend on a row's place in the tile.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -39,7 +40,7 @@ struct OnlineSoftmax {
       reference[r] = m[r] == minus_infinity() ? 0.0f : multiply(m[r], factor_log2);
       large |= fabsf(reference[r]) > kLargestFusedReference;
       const float correction = exp2_approximate(multiply(previous, factor_log2) - reference[r]);
-      l[r] *= correction;
+      l[r] = multiply(l[r], correction);
       o.scale_row(r, correction);
     }
     // Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the
@@ -57,7 +58,7 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int c = 0; c < kCols; ++c) {
-        s.v[r][c] = exp2_approximate(s.v[r][c] * factor_log2 - reference[r]);
+        s.v[r][c] = exp2_approximate(fmaf(s.v[r][c], factor_log2, -reference[r]));
         l[r] += s.v[r][c];
       }
     }
@@ -66,7 +67,7 @@ struct OnlineSoftmax {
   // Completes row r: what to multiply its output by, and its log-sum-exp in natural units.
   __device__ __forceinline__ float finish(int r, float& lse) const {
     const float sum = sum_over_row(l[r]);
-    lse = sum == 0.0f ? minus_infinity() : (m[r] * factor_log2 + log2f(sum)) * kLn2;
+    lse = sum == 0.0f ? minus_infinity() : fmaf(m[r], factor_log2, log2f(sum)) * kLn2;
     return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 };
@@ -82,7 +83,7 @@ __device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Frag
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       const bool hidden = kMasked && s.v[r][c] == minus_infinity();
-      const float p = exp2_approximate(s.v[r][c] * factor_log2 - lse_log2[r]);
+      const float p = exp2_approximate(fmaf(s.v[r][c], factor_log2, -lse_log2[r]));
       s.v[r][c] = hidden ? 0.0f : p;
       dp.v[r][c] = hidden ? 0.0f : p * (dp.v[r][c] - delta[r]);
     }

@@ -58,7 +58,8 @@ __device__ __forceinline__ void store_key_gradients(const Problem& p, const Grad
                                                     const typename BackwardLayout<kHeadDim>::KeyFragment& dv) {
   using Shape = BackwardTile<kHeadDim>;
   using Layout = BackwardLayout<kHeadDim>;
-  const WorkItem item(opaque(block_index()), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads);
+  const WorkItem item(opaque(block_index()), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads,
+                      TileOrder::kFirstFirst);
   const int warp = opaque(warp_index());
   const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
 #pragma unroll
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
   constexpr int kThreads = Shape::kThreads;
   Smem& smem = shared_memory<Smem>();
 
-  const WorkItem item(block_index(), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads);
+  const WorkItem item(block_index(), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads, TileOrder::kFirstFirst);
   const int b = item.batch;
   const int group = p.shape.heads / p.shape.kv_heads;
   const int j = item.tile * Shape::kK;
