@@ -1,6 +1,6 @@
 """Trains a small causal language model on real text, byte by byte, with Flax NNX.
 
-It takes about a minute on two CPU cores, and writes the loss curve to loss_flax.png. With --compare
+It takes a minute or two on two CPU cores and writes the loss curve to loss_flax.png. With --compare
 it trains again with jax.nn's attention, from the same weights on the same text.
 """
 

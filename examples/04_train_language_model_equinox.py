@@ -1,6 +1,6 @@
 """The language model of example 03 in Equinox: layers of one sequence, batched by vmap.
 
-It takes about a minute on two CPU cores, and writes the loss curve to loss_equinox.png. With
+It takes a minute or two on two CPU cores, and writes the loss curve to loss_equinox.png. With
 --compare it trains again with Equinox's own attention, from the same weights on the same text.
 """
 
