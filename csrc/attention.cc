@@ -5,20 +5,21 @@
 
 #include "dispatch.h"
 #include "sm80/family.h"
+#include "sm90/family.h"
 
 namespace jfa {
 namespace {
 
 using HeadDims = IntList<JFA_HEAD_DIMS>;
 
+constexpr int64_t kForwardScratchFloats = 1;
+static_assert(sizeof(float) == sizeof(uint32_t), "the counter takes one float's place");
+
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 
 // Checks what every family relies on, and calls f with the compiled head dim.
 template <class F>
-Status choose(const Problem& p, const std::string& family, F&& f) {
-  if (family != "auto" && family != "sm80") {
-    return Status::Unimplemented("no kernel family '" + family + "' in this build; it has sm80");
-  }
+Status choose(const Problem& p, F&& f) {
   if (p.shape.q_len > kMaxSequence || p.shape.k_len > kMaxSequence) {
     return Status::Unimplemented("a sequence of " + std::to_string(std::max(p.shape.q_len, p.shape.k_len)) +
                                  " is longer than " + std::to_string(kMaxSequence));
@@ -33,52 +34,141 @@ Status choose(const Problem& p, const std::string& family, F&& f) {
   return at_least(HeadDims{}, dim, "the larger of head dim and value dim", f);
 }
 
-Status fill(Plan& plan, int head_dim, int q_tile, int k_tile, int warps, int64_t shared_bytes, int64_t available,
-            const Problem& p) {
-  plan.family = "sm80";
-  plan.head_dim = head_dim;
-  plan.q_tile = q_tile;
-  plan.k_tile = k_tile;
-  plan.warps = warps;
-  plan.shared_memory_bytes = shared_bytes;
-  plan.why = is_general(p.scores) ? "bias, mask or a scale on the device: general scores" : "plain scores";
-  if (shared_bytes > available) {
-    return Status::Unimplemented("head dim " + std::to_string(head_dim) + " needs " + std::to_string(shared_bytes) +
-                                 " bytes of shared memory in a block; the device has " + std::to_string(available));
+// Which family runs a pass, and why.
+struct Family {
+  bool hopper = false;
+  std::string why;
+};
+
+Status choose_family(const std::string& name, bool is_backward, const Device& device, Family& family) {
+  constexpr int kOldest = 80;
+  constexpr int kHopper = 90;  // its machine code runs on no other GPU, newer ones included
+  const std::string capability =
+      std::to_string(device.compute_capability / 10) + "." + std::to_string(device.compute_capability % 10);
+  if (device.compute_capability < kOldest) {
+    return Status::Unimplemented("the kernels need compute capability 8.0 or newer, and the device has " + capability);
+  }
+  std::string against;
+  if (!sm90::kBuilt) {
+    against = "this build has no sm90 kernels";
+  } else if (is_backward) {
+    against = "sm90 has no backward kernels";
+  } else if (device.compute_capability != kHopper) {
+    against = "sm90 kernels need compute capability 9.0, and the device has " + capability;
+  }
+  if (name == "sm90") {
+    if (!against.empty()) return Status::Unimplemented(against + "; the nearest family is sm80");
+    family = {true, "asked for"};
+  } else if (name == "sm80") {
+    family = {false, "asked for"};
+  } else if (name == "auto") {
+    family = {against.empty(), against.empty() ? "compute capability 9.0" : against};
+  } else {
+    return Status::Unimplemented("no kernel family '" + name + "'; there are sm80 and sm90");
   }
   return Status::Ok();
 }
 
+Status finish_plan(const Problem& p, const Family& family, const Device& device, Plan& plan) {
+  plan.family = family.hopper ? "sm90" : "sm80";
+  plan.why =
+      family.why + (is_general(p.scores) ? "; bias, mask or a scale on the device: general scores" : "; plain scores");
+  if (plan.shared_memory_bytes > device.shared_memory_bytes) {
+    return Status::Unimplemented(
+        "head dim " + std::to_string(plan.head_dim) + " needs " + std::to_string(plan.shared_memory_bytes) +
+        " bytes of shared memory in a block; the device has " + std::to_string(device.shared_memory_bytes));
+  }
+  return Status::Ok();
+}
+
+// The tile of the portable family that `plan` describes.
+template <class Tile>
+void describe_tile(int head_dim, Plan& plan) {
+  plan.head_dim = head_dim;
+  plan.q_tile = Tile::kQ;
+  plan.k_tile = Tile::kK;
+  plan.warps = Tile::kWarps;
+  plan.shared_memory_bytes = Tile::kSharedBytes;
+  plan.schedule = "one block per tile, longest first";
+}
+
+Status current_device(Device& device) {
+  int ordinal = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&ordinal);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, ordinal);
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(device.multiprocessors, cudaDevAttrMultiProcessorCount);
+  device.compute_capability = 10 * major + minor;
+  return cuda_status(error, "jax_flashattn: reading the device's attributes");
+}
+
+Status check_scratch(int64_t given, int64_t needed) {
+  if (given >= needed) return Status::Ok();
+  return Status::InvalidArgument("scratch has " + std::to_string(given) + " floats; this call needs " +
+                                 std::to_string(needed));
+}
+
 }  // namespace
 
-Status plan_forward(const Problem& p, const std::string& family, int64_t shared_memory_bytes, Plan& plan) {
-  return choose(p, family, [&](auto dim) {
-    using Tile = sm80::ForwardTile<dim.value>;
-    return fill(plan, dim.value, Tile::kQ, Tile::kK, Tile::kWarps, Tile::kSharedBytes, shared_memory_bytes, p);
-  });
-}
-
-Status plan_backward(const Problem& p, const Gradients& g, const std::string& family, int64_t shared_memory_bytes,
-                     Plan& plan) {
-  return choose(p, family, [&](auto dim) {
-    using Tile = sm80::BackwardTile<dim.value>;
-    plan.scratch_floats = delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p));
-    return fill(plan, dim.value, Tile::kQ, Tile::kK, Tile::kWarps, Tile::kSharedBytes, shared_memory_bytes, p);
-  });
-}
-
-Status forward(const Problem& p, const std::string& family, cudaStream_t stream) {
-  return choose(p, family, [&](auto dim) { return sm80::launch_forward<dim.value>(p, stream); });
-}
-
-Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family,
-                cudaStream_t stream) {
-  return choose(p, family, [&](auto dim) {
-    const int64_t needed = delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p));
-    if (scratch_floats < needed) {
-      return Status::InvalidArgument("scratch has " + std::to_string(scratch_floats) + " floats; this call needs " +
-                                     std::to_string(needed));
+Status plan_forward(const Problem& p, const std::string& family_name, const Device& device, Plan& plan) {
+  Family family;
+  const Status status = choose_family(family_name, false, device, family);
+  if (!status.ok()) return status;
+  return choose(p, [&](auto dim) {
+    plan.scratch_floats = kForwardScratchFloats;
+    if (family.hopper) {
+      sm90::plan_forward<dim.value>(p, plan);
+    } else {
+      describe_tile<sm80::ForwardTile<dim.value>>(dim.value, plan);
     }
+    return finish_plan(p, family, device, plan);
+  });
+}
+
+Status plan_backward(const Problem& p, const Gradients& g, const std::string& family_name, const Device& device,
+                     Plan& plan) {
+  Family family;
+  const Status status = choose_family(family_name, true, device, family);
+  if (!status.ok()) return status;
+  return choose(p, [&](auto dim) {
+    plan.scratch_floats = delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p));
+    describe_tile<sm80::BackwardTile<dim.value>>(dim.value, plan);
+    return finish_plan(p, family, device, plan);
+  });
+}
+
+Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const std::string& family_name,
+               cudaStream_t stream) {
+  Device device;
+  Family family;
+  Status status = current_device(device);
+  if (status.ok()) status = check_scratch(scratch_floats, kForwardScratchFloats);
+  if (status.ok()) status = choose_family(family_name, false, device, family);
+  if (!status.ok()) return status;
+  return choose(p, [&](auto dim) {
+    if constexpr (sm90::kBuilt) {
+      if (family.hopper) {
+        return sm90::launch_forward<dim.value>(p, reinterpret_cast<uint32_t*>(scratch), device.multiprocessors, stream);
+      }
+    }
+    return sm80::launch_forward<dim.value>(p, stream);
+  });
+}
+
+Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family_name,
+                cudaStream_t stream) {
+  Device device;
+  Family family;
+  Status status = current_device(device);
+  if (status.ok()) status = choose_family(family_name, true, device, family);
+  if (!status.ok()) return status;
+  return choose(p, [&](auto dim) {
+    const Status enough = check_scratch(
+        scratch_floats, delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p)));
+    if (!enough.ok()) return enough;
     g.delta = scratch;
     g.dq_accumulator = g.deterministic ? nullptr : scratch + delta_floats(p);
     return sm80::launch_backward<dim.value>(p, g, stream);

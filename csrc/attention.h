@@ -11,6 +11,13 @@
 
 namespace jfa {
 
+// The GPU a call runs on, as far as the choice of kernels depends on it.
+struct Device {
+  int compute_capability = 0;  // 90 is 9.0
+  int multiprocessors = 0;
+  int64_t shared_memory_bytes = 0;  // what one block may have
+};
+
 // What a call would run. Made without a GPU.
 struct Plan {
   std::string family;
@@ -20,18 +27,20 @@ struct Plan {
   int warps = 0;
   int splits = 1;
   int64_t shared_memory_bytes = 0;
-  int64_t scratch_floats = 0;  // of the backward: delta, then the accumulator of dq. Depends on no device
+  int64_t scratch_floats = 0;  // depends on no device
+  std::string schedule;
   std::string why;
 };
 
-// `family` is "auto" or a family's name. Operands' addresses are not looked at, except that bias, mask and device_scale
-// count as present when not null. shared_memory_bytes: what the device gives one block.
-Status plan_forward(const Problem& p, const std::string& family, int64_t shared_memory_bytes, Plan& plan);
-Status plan_backward(const Problem& p, const Gradients& g, const std::string& family, int64_t shared_memory_bytes,
-                     Plan& plan);
+// `family` is "auto" or a family's name. Operands' addresses are not looked at, except that optional ones count as
+// present when not null.
+Status plan_forward(const Problem& p, const std::string& family, const Device& device, Plan& plan);
+Status plan_backward(const Problem& p, const Gradients& g, const std::string& family, const Device& device, Plan& plan);
 
-// Enqueue the work; nothing is allocated and nothing waits. The backward's scratch has plan.scratch_floats elements.
-Status forward(const Problem& p, const std::string& family, cudaStream_t stream);
+// Enqueue the work on the current device; nothing is allocated and nothing waits. Scratch has plan.scratch_floats
+// elements: the forward's holds the counter of work items, the backward's delta and the accumulator of dq.
+Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const std::string& family,
+               cudaStream_t stream);
 Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family,
                 cudaStream_t stream);
 

@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "ffi_problem.h"
+#include "sm90/family.h"
 
 namespace jfa {
 namespace {
@@ -54,14 +55,17 @@ class CurrentDevice {
 ffi::Error run_forward(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                        ffi::AnyBuffer bias, ffi::AnyBuffer mask, ffi::AnyBuffer scale_operand, ffi::AnyBuffer q_lengths,
                        ffi::AnyBuffer k_lengths, ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::AnyBuffer> lse,
-                       float scale, int32_t window_left, int32_t window_right, bool bottom_right,
-                       std::string_view family) {
+                       ffi::Result<ffi::AnyBuffer> scratch, float scale, int32_t window_left, int32_t window_right,
+                       bool bottom_right, std::string_view family) {
   Reader reader;
   const Problem p = read_problem(reader, {q, k, v, bias, mask, scale_operand, q_lengths, k_lengths}, *o, *lse,
                                  {scale, window_left, window_right, bottom_right, family});
   if (!reader.status.ok()) return to_ffi(reader.status);
+  const int64_t scratch_floats = static_cast<int64_t>(scratch->element_count());
+  float* scratch_data = static_cast<float*>(reader.data("scratch", *scratch, ffi::F32, {scratch_floats}));
+  if (!reader.status.ok()) return to_ffi(reader.status);
   const CurrentDevice current(device);
-  return to_ffi(forward(p, std::string(family), stream));
+  return to_ffi(forward(p, scratch_data, scratch_floats, std::string(family), stream));
 }
 
 ffi::Error run_backward(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -117,6 +121,7 @@ XLA_FFI_DEFINE_HANDLER(kForward, run_forward,
                        forward_binding()
                            .Ret<ffi::AnyBuffer>()  // out [B,T,N,Hv]
                            .Ret<ffi::AnyBuffer>()  // lse [B,N,T]
+                           .Ret<ffi::AnyBuffer>()  // scratch [n] f32
                            .Attr<float>("scale")
                            .Attr<int32_t>("window_left")
                            .Attr<int32_t>("window_right")
@@ -146,19 +151,25 @@ XLA_FFI_DEFINE_HANDLER(kBackward, run_backward,
 nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
 nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int kv_heads, int head_dim, int value_dim,
-              bool bf16, bool general, bool bias_gradient, bool deterministic, const std::string& family,
-              int64_t shared_memory_bytes) {
+              bool bf16, bool general, bool has_lengths, int window_left, int window_right, bool bias_gradient,
+              bool deterministic, const std::string& family, int compute_capability, int64_t shared_memory_bytes) {
   Problem p;
   p.shape = {batch, q_len, k_len, heads, kv_heads, head_dim, value_dim};
   p.type = bf16 ? ElementType::kBfloat16 : ElementType::kHalf;
+  p.visibility.window_left = window_left;
+  p.visibility.window_right = window_right;
   Gradients g;
   float present = 0.0f;
+  const int length = 0;
   if (general) p.scores.mask.data = &present;
+  if (has_lengths) p.visibility.k_lengths = &length;
   if (bias_gradient) g.d_bias.data = &present;
   g.deterministic = deterministic;
+  Device device;
+  device.compute_capability = compute_capability;
+  device.shared_memory_bytes = shared_memory_bytes;
   Plan made;
-  const Status status = is_backward ? plan_backward(p, g, family, shared_memory_bytes, made)
-                                    : plan_forward(p, family, shared_memory_bytes, made);
+  const Status status = is_backward ? plan_backward(p, g, family, device, made) : plan_forward(p, family, device, made);
   if (!status.ok()) throw nb::value_error(status.message.c_str());
   nb::dict out;
   out["family"] = made.family;
@@ -169,6 +180,7 @@ nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int 
   out["splits"] = made.splits;
   out["shared_memory_bytes"] = made.shared_memory_bytes;
   out["scratch_floats"] = made.scratch_floats;
+  out["schedule"] = made.schedule;
   out["why"] = made.why;
   return out;
 }
@@ -178,6 +190,7 @@ nb::dict build_info() {
   for (const int dim : {JFA_HEAD_DIMS}) head_dims.append(dim);
   nb::list families;
   families.append("sm80");
+  if (sm90::kBuilt) families.append("sm90");
   nb::dict out;
   out["families"] = families;
   out["head_dims"] = head_dims;
@@ -199,7 +212,8 @@ NB_MODULE(_ext, m) {
   m.def("build_info", &build_info);
   m.def("plan", &plan, nb::arg("backward"), nb::arg("batch"), nb::arg("q_len"), nb::arg("k_len"), nb::arg("heads"),
         nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("bf16"), nb::arg("general"),
-        nb::arg("bias_gradient"), nb::arg("deterministic"), nb::arg("family"), nb::arg("shared_memory_bytes"));
+        nb::arg("has_lengths"), nb::arg("window_left"), nb::arg("window_right"), nb::arg("bias_gradient"),
+        nb::arg("deterministic"), nb::arg("family"), nb::arg("compute_capability"), nb::arg("shared_memory_bytes"));
 }
 
 }  // namespace jfa

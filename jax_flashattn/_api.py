@@ -64,8 +64,9 @@ def attention(
         the arrays hold there does not matter, NaN included.
       local_window_size: w or (left, right), None for an unbounded side: row i sees keys
         i - left to i + right, both included.
-      implementation: None, the best available; "cuda", the kernels; "cuda:sm80", that kernel
-        family; "xla", the reference, which runs on every platform. `explain` tells what None does.
+      implementation: None, the best available; "cuda", the kernels; "cuda:sm80" or "cuda:sm90",
+        that kernel family (sm90 has no gradient yet); "xla", the reference, which runs on every
+        platform. `explain` tells what None does.
       return_residual: also return the log-sum-exp as jax.nn does: [B, T, N] or [T, N] in key's
         dtype, not differentiable. return_lse has full precision.
       causal_alignment: "top_left", row i is at position i; "bottom_right", row i is at position
@@ -138,8 +139,10 @@ class Explanation:
     reason: str  # why this implementation, and why not a better one
     head_dim: int | None = None  # the compiled one; the call's is filled up to it on the chip
     tile: tuple[int, int] | None = None  # query rows and keys of a forward block
+    schedule: str | None = None  # the order of work, and what is in flight
     shared_memory_bytes: int | None = None  # of a forward block
     scratch_bytes_forward: int | None = None
+    backward_implementation: str | None = None
     backward_tile: tuple[int, int] | None = None
     backward_shared_memory_bytes: int | None = None
     scratch_bytes_backward: int | None = None
@@ -191,14 +194,15 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
         return Explanation(platform, reference, reason)
     gradient = dataclasses.replace(options, bias_gradient=operands.bias is not None)
     reason = _primitives.unserved(operands, gradient, backward=True)
-    memory = dict(shared_memory_bytes=_ffi.device_shared_memory_bytes())
-    forward = _ffi.plan(operands, options, backward=False, **memory)
+    device = _ffi.default_device()
+    forward = _ffi.plan(operands, options, backward=False, device=device)
     made = Explanation(
         platform,
         f"cuda:{forward.family}",
         forward.why,
         forward.head_dim,
         (forward.q_tile, forward.k_tile),
+        forward.schedule,
         forward.shared_memory_bytes,
         4 * forward.scratch_floats,
     )
@@ -206,9 +210,10 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
         return dataclasses.replace(
             made, reason=f"{made.reason}; gradient by the reference: {reason}"
         )
-    backward = _ffi.plan(operands, gradient, backward=True, **memory)
+    backward = _ffi.plan(operands, gradient, backward=True, device=device)
     return dataclasses.replace(
         made,
+        backward_implementation=f"cuda:{backward.family}",
         backward_tile=(backward.q_tile, backward.k_tile),
         backward_shared_memory_bytes=backward.shared_memory_bytes,
         scratch_bytes_backward=4 * backward.scratch_floats,

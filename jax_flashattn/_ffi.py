@@ -23,7 +23,14 @@ BACKWARD_TARGET = "jax_flashattn_bwd_v1"
 # Opt-in shared memory per block, CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability"; the device decides at run time, this only serves `explain`.
 SHARED_MEMORY_KIB = {"8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99, "12.0": 99, "12.1": 99}
-SHARED_MEMORY_BYTES = 227 * 1024  # 9.0 and 10.x; also when no device is known
+SHARED_MEMORY_BYTES = 227 * 1024  # 9.0 and 10.x
+
+
+class Device(NamedTuple):
+    """The GPU a plan is made for, as far as the choice of kernels depends on it."""
+
+    compute_capability: int = 90  # 9.0
+    shared_memory_bytes: int = SHARED_MEMORY_BYTES
 
 
 class Plan(NamedTuple):
@@ -37,6 +44,7 @@ class Plan(NamedTuple):
     shared_memory_bytes: int
     scratch_floats: int
     splits: int
+    schedule: str
     why: str
 
 
@@ -85,9 +93,11 @@ def plan(
     options: Options,
     *,
     backward: bool,
-    shared_memory_bytes: int = SHARED_MEMORY_BYTES,
+    device: Device | None = None,
 ) -> Plan:
     """What the kernels would run for these operands (arrays or avals).
+
+    Where no device is known, one that has every family; the handlers look at the real one.
 
     Raises NotImplementedError, saying why, where they cannot serve the call.
     """
@@ -117,10 +127,13 @@ def plan(
             value_dim=value_dim,
             bf16=str(query.dtype) == "bfloat16",
             general=any(x is not None for x in (operands.bias, operands.mask, operands.scale)),
+            has_lengths=operands[6:8] != (None, None),
+            window_left=bound(options.window_left),
+            window_right=bound(options.window_right),
             bias_gradient=options.bias_gradient,
             deterministic=options.deterministic,
             family=family(options),
-            shared_memory_bytes=shared_memory_bytes,
+            **(device or Device())._asdict(),
         )
     except ValueError as error:
         raise NotImplementedError(str(error).rstrip(".")) from error
@@ -134,22 +147,28 @@ def family(options: Options) -> str:
 
 def attributes(options: Options, *, backward: bool) -> dict:
     """The static part of a custom call; XLA FFI reads the width of each from its NumPy type."""
-
-    def bound(side):
-        return np.int32(MAX_INT32 if side is None else side)
-
     made = dict(
         scale=np.float32(1.0 if options.scale is None else options.scale),
-        window_left=bound(options.window_left),
-        window_right=bound(options.window_right),
+        window_left=np.int32(bound(options.window_left)),
+        window_right=np.int32(bound(options.window_right)),
         bottom_right=np.bool_(options.bottom_right),
         family=family(options),
     )
     return made | dict(deterministic=np.bool_(options.deterministic)) if backward else made
 
 
-def device_shared_memory_bytes() -> int:
-    """Opt-in shared memory of the default device; the largest known where it is not a CUDA one."""
+def bound(side: int | None) -> int:
+    """One side of a window as the kernels take it."""
+    return MAX_INT32 if side is None else side
+
+
+def default_device() -> Device:
+    """JAX's default device; where that is not a CUDA one, one that has every family."""
     capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return Device()
     kib = SHARED_MEMORY_KIB.get(str(capability))
-    return SHARED_MEMORY_BYTES if kib is None else kib * 1024
+    major, _, minor = str(capability).partition(".")
+    return Device(
+        10 * int(major) + int(minor or 0), SHARED_MEMORY_BYTES if kib is None else kib * 1024
+    )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-IMPLEMENTATIONS = (None, "cuda", "cuda:sm80", "xla")
+IMPLEMENTATIONS = (None, "cuda", "cuda:sm80", "cuda:sm90", "xla")
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_INT32 = 2**31 - 1
 

@@ -78,8 +78,10 @@ def forward_cuda(operands: Operands, options: Options) -> list:
     out_shape = (batch, q_len, heads, operands.value.shape[3])
     out = jax.ShapeDtypeStruct(out_shape, operands.query.dtype)
     lse = jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32)
-    call = jax.ffi.ffi_call(_ffi.FORWARD_TARGET, (out, lse))
-    out, lse = call(*filled(operands), **_ffi.attributes(options, backward=False))
+    floats = _ffi.plan(operands, options, backward=False).scratch_floats
+    scratch = jax.ShapeDtypeStruct((floats,), jnp.float32)
+    call = jax.ffi.ffi_call(_ffi.FORWARD_TARGET, (out, lse, scratch))
+    out, lse, _ = call(*filled(operands), **_ffi.attributes(options, backward=False))
     return [out, jnp.maximum(lse, _reference.LOWEST) if options.finite_lse else lse]
 
 

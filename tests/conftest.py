@@ -11,6 +11,23 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jax_flashattn import _ffi  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cuda-family",
+        default="auto",
+        help="the kernel family that implementation='cuda' and None run in this session",
+    )
+
+
+def pytest_configure(config):
+    chosen = config.getoption("--cuda-family")
+    if chosen != "auto":
+        named = _ffi.family
+        _ffi.family = lambda options: chosen if named(options) == "auto" else named(options)
+
 
 def _has_cuda():
     try:

@@ -50,11 +50,11 @@ class RawCall:
             named = {"query": "d_query", "key": "d_key", "value": "d_value"}
             self.results = {d: like(self.arrays[n].shape, dtype) for n, d in named.items()}
             self.results["d_bias"] = like(bias or (0,), "float32")
-            operands = Operands(*(self.arrays[n] for n in FORWARD[:3]), *[None] * 5)
-            if bias is not None:
-                operands = operands._replace(bias=self.arrays["bias"])
-            floats = _ffi.plan(operands, options, backward=True).scratch_floats
-            self.results["scratch"] = like((floats,), "float32")
+        operands = Operands(*(self.arrays[n] for n in FORWARD[:3]), *[None] * 5)
+        if bias is not None:
+            operands = operands._replace(bias=self.arrays["bias"])
+        floats = _ffi.plan(operands, options, backward=backward).scratch_floats
+        self.results["scratch"] = like((floats,), "float32")
         self.attributes = _ffi.attributes(options, backward=backward)
 
     def compile(self):

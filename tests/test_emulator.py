@@ -204,8 +204,8 @@ MUTANTS = {
     "bias-no-barrier": (
         "sm80/backward_bias.cuh", "barrier();  // the tiles are read", "//", "mask-bias", False),
     "window-off-by-one": (
-        "common/sequence.cuh", "p.visibility.window_right, kMaxSequence) + 1",
-        "p.visibility.window_right, kMaxSequence)", "window-(70,3)", False),
+        "common/sequence.cuh", "(visibility.window_right, kMaxSequence) + 1",
+        "(visibility.window_right, kMaxSequence)", "window-(70,3)", False),
     "swizzle": (
         "sm80/tile.cuh", "(chunk ^ swizzle(row)) * 16", "chunk * 16", "dense-127x129", False),
 }  # fmt: skip

@@ -29,7 +29,12 @@ needs_the_gpu_alone = pytest.mark.skipif(
 def canary():
     """A right call, whose first result the reference confirms; canary() is to repeat it."""
     raw = RawCall()
-    program = raw.compile()
+    call = raw.compile()
+
+    def program():  # without scratch, which holds anything
+        results = call()
+        return {name: results[name] for name in ("out", "lse")}
+
     first = program()
     operands = [raw.arrays[name] for name in ("query", "key", "value")]
     desired = attention(*operands, implementation="xla")
@@ -113,6 +118,10 @@ FORWARD = [  # what is changed, the status, what the message says
     (attribute("window_left", np.int64(5)), INVALID, ""),  # the last two in XLA's own words
     (without("k_lengths"), INVALID, ""),
 ]
+FORWARD += [
+    (result("scratch", 0, dtype="float32"), INVALID, "scratch has 0 floats; this call needs 1"),
+    (result("scratch", 1, dtype="int32"), INVALID, "scratch has an element type"),
+]
 BACKWARD = [
     (array("d_out", 2, 70, 4, 32), INVALID, "d_out has shape [2,70,4,32], expected [2,70,4,64]"),
     (cast("d_out", "float32"), INVALID, "d_out has an element type"),
@@ -183,6 +192,7 @@ def test_grid_too_large(canary):
     if limit < 80 * 2**30:
         pytest.skip(f"needs 80 GiB of device memory, jax may use {limit / 2**30:.0f}")
     raw = RawCall()
+    raw.attributes["family"] = "sm80"  # sm90 has persistent blocks
     batch, heads = 2**17, 2**14
     array("query", batch, 1, heads, 8)(raw)
     array("key", batch, 1, 1, 8)(raw)

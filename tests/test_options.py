@@ -108,6 +108,14 @@ def test_lengths(name, lengths, error, fragments):
     raises(error, [name, *fragments], **arrays(), **{name: lengths})
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint32"])
+def test_wide_lengths_that_are_traced(dtype):
+    """Their values cannot be seen, and would be narrowed silently."""
+    call = jax.jit(lambda x: attention(**arrays(), key_value_seq_lengths=x))
+    with jax.enable_x64(True), pytest.raises(TypeError, match=f"{dtype}; cast it with"):
+        call(np.ones(B, dtype))
+
+
 def test_lengths_for_unbatched_operands():
     single = {name: x[0] for name, x in arrays().items()}
     raises(ValueError, ["query_seq_lengths", "[2]"], **single, query_seq_lengths=np.int32([1, 2]))
@@ -154,7 +162,7 @@ def test_lengths_that_are_taken(lengths, desired):
         ("local_window_size", (1, 2, 3), ValueError, ["(1, 2, 3)"]),
         ("is_causal", "yes", TypeError, ["yes"]),
         ("causal_alignment", "middle", ValueError, ["middle", "top_left", "bottom_right"]),
-        ("implementation", "cudnn", ValueError, ["cudnn", "xla", "cuda", "cuda:sm80"]),
+        ("implementation", "cudnn", ValueError, ["cudnn", "xla", "cuda", "cuda:sm80", "cuda:sm90"]),
         ("implementation", "cuda:sm1", ValueError, ["cuda:sm1", "cuda:sm80"]),
         ("logits_soft_cap", 0.0, ValueError, ["0.0"]),
         ("logits_soft_cap", -30.0, ValueError, ["-30"]),
@@ -269,7 +277,13 @@ def test_explain_tells_of_the_fallback():
 @needs_kernels
 def test_explain_tells_of_the_kernels():
     told = str(jax_flashattn.explain(**arrays(), platform="cuda"))
-    assert "sm80" in told
+    assert "cuda:sm90 on cuda" in told
+    assert "backward implementation: cuda:sm80" in told
+    assert "dealt out in turn" in told
+    causal = jax_flashattn.explain(**arrays(), is_causal=True, platform="cuda")
+    assert "drawn longest first" in causal.schedule
+    portable = jax_flashattn.explain(**arrays(), platform="cuda", implementation="cuda:sm80")
+    assert portable.implementation == "cuda:sm80"
     with pytest.raises(ValueError, match="local_window_size"):
         jax_flashattn.explain(**arrays(), local_window_size=-1, platform="cuda")
 

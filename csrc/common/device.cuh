@@ -15,6 +15,7 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpThreads;
 // The same in all lanes, and known to be so by the compiler: branches and addresses made from it stay uniform.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / kWarpThreads, 0); }
 __device__ __forceinline__ int block_index() { return blockIdx.x; }
+__device__ __forceinline__ int grid_blocks() { return gridDim.x; }
 
 // All threads of the block; shared memory written before is visible after.
 __device__ __forceinline__ void barrier() { __syncthreads(); }
@@ -25,6 +26,12 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffff, value, lane_mask);
+}
+// Lane 0's value, in all lanes and known to be the same in all.
+__device__ __forceinline__ uint32_t broadcast(uint32_t value) { return __shfl_sync(0xffffffff, value, 0); }
+__device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xffffffff, value); }
 
 // The block's dynamic shared memory as a struct, the picture of it.
 template <class Smem>
@@ -44,6 +51,11 @@ __device__ __forceinline__ float load_shared_f32(uint32_t address) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -59,6 +71,27 @@ __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_128(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// 9.7.14.5.15 ldmatrix: four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 (16 bytes) of
+// matrix l / 8; it gets of matrix i, in r[i], the two elements (row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1).
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// The same of the transposed matrices: lane l gets (rows 2 (l % 4) and 2 (l % 4) + 1, column l / 4).
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // Global memory. T is a scalar or a vector type of at most 16 bytes, aligned to its size.
 template <class T>
 __device__ __forceinline__ T load_global(const T* pointer) {
@@ -69,9 +102,21 @@ __device__ __forceinline__ void store_global(T* pointer, T value) {
   *pointer = value;
 }
 
+// 9.7.9.11 st.global: unlike store_global() it stays between the volatile instructions around it. Where a thread stores
+// all its registers, the compiler otherwise prepares too much at once and spills.
+__device__ __forceinline__ void store_global_128(void* pointer, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // 9.7.13.2 red: adds in the order of arrival, so sums of three or more terms may differ in their last bit between runs.
 __device__ __forceinline__ void add_global(float* pointer, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
+
+// 9.7.13.2 atom.inc: adds 1, but turns `last` into 0. Returns what was there before.
+__device__ __forceinline__ uint32_t increment_global(uint32_t* counter, uint32_t last) {
+  return atomicInc(counter, last);
 }
 
 // The same number, of which the compiler knows nothing: what is computed from it is computed here, not kept in a
@@ -81,8 +126,22 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The same number, computed by now: before the volatile instructions that follow, not where it is used.
+__device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+
 // A product rounded on its own: the compiler does not fuse it with an addition.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
+
+__device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
+// One instruction since sm_90.
+__device__ __forceinline__ int max_of_3(int a, int b, int c) { return __vimax3_s32(a, b, c); }
+
+// 1 / x with relative error 2^-23, for normal x (9.7.3.15 rcp). A division would call a function for the other x.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // 2^x, with 2^-inf = 0 and relative error 2^-22 (9.7.3.21 ex2). exp2f() would spend four instructions on denormals.
 __device__ __forceinline__ float exp2_approximate(float x) {

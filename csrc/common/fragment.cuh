@@ -21,6 +21,14 @@ struct Fragment {
     }
   }
 
+  __device__ __forceinline__ void settle_all() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) settle(v[r][c]);
+    }
+  }
+
   __device__ __forceinline__ void scale_row(int r, float factor) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) v[r][c] *= factor;
@@ -38,8 +46,9 @@ struct Position {
       : first_row(row + lane_index() / 4), first_col(col + lane_index() % 4 * 2) {}
 
   __device__ __forceinline__ int row(int r) const { return first_row + r * 8; }
-  __device__ __forceinline__ int col(int c) const {
-    return first_col + c / 4 * 16 * kColumnStep + c / 2 % 2 * 8 + c % 2;
+  __device__ __forceinline__ int col(int c) const { return first_col + col_offset(c); }
+  __device__ __forceinline__ static constexpr int col_offset(int c) {
+    return c / 4 * 16 * kColumnStep + c / 2 % 2 * 8 + c % 2;
   }
 };
 

@@ -10,18 +10,74 @@
 
 namespace jfa {
 
-__device__ __forceinline__ float load_as_float(const ScoreTensor& tensor, int64_t index) {
-  switch (tensor.type) {
-    case ElementType::kHalf:
-      return __half2float(load_global(static_cast<const __half*>(tensor.data) + index));
-    case ElementType::kBfloat16:
-      return __bfloat162float(load_global(static_cast<const __nv_bfloat16*>(tensor.data) + index));
-    case ElementType::kFloat:
-      return load_global(static_cast<const float*>(tensor.data) + index);
-    case ElementType::kBool:
-      return load_global(static_cast<const uint8_t*>(tensor.data) + index) != 0 ? 1.0f : 0.0f;
+// One element of a score tensor, and two neighbours along the keys.
+template <class T>
+struct ScoreElement;
+
+template <>
+struct ScoreElement<__half> {
+  __device__ __forceinline__ static float one(const __half* p) { return __half2float(load_global(p)); }
+  __device__ __forceinline__ static float2 two(const __half* p) {
+    return unpack<__half>(load_global(reinterpret_cast<const uint32_t*>(p)));
   }
-  return 0.0f;
+};
+template <>
+struct ScoreElement<__nv_bfloat16> {
+  __device__ __forceinline__ static float one(const __nv_bfloat16* p) { return __bfloat162float(load_global(p)); }
+  __device__ __forceinline__ static float2 two(const __nv_bfloat16* p) {
+    return unpack<__nv_bfloat16>(load_global(reinterpret_cast<const uint32_t*>(p)));
+  }
+};
+template <>
+struct ScoreElement<float> {
+  __device__ __forceinline__ static float one(const float* p) { return load_global(p); }
+  __device__ __forceinline__ static float2 two(const float* p) {
+    return load_global(reinterpret_cast<const float2*>(p));
+  }
+};
+template <>
+struct ScoreElement<bool> {
+  __device__ __forceinline__ static float one(const bool* p) {
+    return load_global(reinterpret_cast<const uint8_t*>(p)) != 0 ? 1.0f : 0.0f;
+  }
+  __device__ __forceinline__ static float2 two(const bool* p) {
+    const uint16_t both = load_global(reinterpret_cast<const uint16_t*>(p));
+    return {(both & 0xff) != 0 ? 1.0f : 0.0f, both >> 8 != 0 ? 1.0f : 0.0f};
+  }
+};
+
+// Calls combine(score, element) for every score of a fragment that its row sees.
+template <class T, int kRows, int kCols, class Combine>
+__device__ __forceinline__ void for_each_element(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                 const Sequence& sequence, const ScoreTensor& tensor, int64_t origin,
+                                                 const Combine& combine) {
+  using Element = ScoreElement<T>;
+  const T* data = static_cast<const T*>(tensor.data) + origin;
+  // A thread's columns come in pairs. Where all rows start at an even element, so do its pairs.
+  const bool in_pairs = tensor.k_stride == 1 && tensor.q_stride % 2 == 0 && at.first_col % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int i = opaque(at.row(r));
+    const Interval keys = sequence.keys(i);
+    const T* row = data + i * tensor.q_stride;
+    if (in_pairs) {
+#pragma unroll
+      for (int c = 0; c < kCols; c += 2) {
+        const int j = at.col(c);
+        if (j >= keys.end || j + 1 < keys.begin) continue;  // the extent is even: a pair does not cross its end
+        const float2 pair = Element::two(row + j);
+        s.v[r][c] = combine(s.v[r][c], pair.x);
+        s.v[r][c + 1] = combine(s.v[r][c + 1], pair.y);
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        const int j = at.col(c);
+        if (keys.contains(j)) s.v[r][c] = combine(s.v[r][c], Element::one(row + j * tensor.k_stride));
+      }
+    }
+  }
 }
 
 // The scores of one batch entry and head.
@@ -40,7 +96,10 @@ struct ScoreRule {
       bias_origin = b * bias.batch_stride + h * bias.head_stride;
       mask_origin = b * mask.batch_stride + h * mask.head_stride;
     }
-    factor_log2 = kGeneral ? 1.0f : scale * kLog2e;
+    factor_log2 = factor_of(scores);
+  }
+  __device__ __forceinline__ static float factor_of(const Scores& scores) {
+    return kGeneral ? 1.0f : scores.scale * kLog2e;
   }
 
   // `all` is the interval of keys that no row of the fragment masks; [begin, end) the keys of the tile.
@@ -52,26 +111,44 @@ struct ScoreRule {
   template <int kRows, int kCols>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at,
                                         const Sequence& sequence) const {
+    if constexpr (kGeneral) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
+      }
+      add_bias(s, at, sequence);
+      if (mask.data != nullptr) {
+        for_each_element<bool>(s, at, sequence, mask, mask_origin,
+                               [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
+      }
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int i = opaque(at.row(r));
-      const Interval keys = sequence.keys(i);
-      const int64_t bias_row = kGeneral ? bias_origin + i * bias.q_stride : 0;
-      const int64_t mask_row = kGeneral ? mask_origin + i * mask.q_stride : 0;
+      // Relative to this thread's first column: what is compared with them are then constants.
+      const Interval keys = sequence.keys(opaque(at.row(r)));
+      const int begin = keys.begin - at.first_col;
+      const int end = keys.end - at.first_col;
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        const int j = at.col(c);
-        bool visible = keys.contains(j);
-        if constexpr (kGeneral) {
-          float score = multiply(s.v[r][c], scale * kLog2e);
-          if (visible && bias.data != nullptr) {
-            score = fmaf(kLog2e, load_as_float(bias, bias_row + j * bias.k_stride), score);
-          }
-          if (visible && mask.data != nullptr) visible = load_as_float(mask, mask_row + j * mask.k_stride) != 0.0f;
-          s.v[r][c] = score;
-        }
-        s.v[r][c] = visible ? s.v[r][c] : minus_infinity();
-      }
+      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
+      if (begin <= 0) continue;  // only windows have an edge there
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
+    }
+  }
+
+ private:
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void add_bias(Fragment<kRows, kCols>& s, const Position<>& at,
+                                           const Sequence& sequence) const {
+    if (bias.data == nullptr) return;
+    const auto add = [](float score, float element) { return fmaf(kLog2e, element, score); };
+    if (bias.type == ElementType::kFloat) {
+      for_each_element<float>(s, at, sequence, bias, bias_origin, add);
+    } else if (bias.type == ElementType::kHalf) {
+      for_each_element<__half>(s, at, sequence, bias, bias_origin, add);
+    } else {
+      for_each_element<__nv_bfloat16>(s, at, sequence, bias, bias_origin, add);
     }
   }
 };

@@ -10,6 +10,34 @@ namespace jfa {
 
 constexpr float kLargestFusedReference = 1 << 24;  // above, neighbouring floats differ by 2
 
+// A row that has seen nothing yet: any finite reference gives 2^-inf = 0, and avoids -inf - -inf.
+__device__ __forceinline__ float reference_log2(float m, float factor_log2) {
+  return m == minus_infinity() ? 0.0f : multiply(m, factor_log2);
+}
+
+// Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the division
+// by the sum takes it out again. Only where that rounding is more than 1 could it overflow or vanish: there the largest
+// score is subtracted first, and the reference is 0.
+template <int kRows, int kCols>
+__device__ __forceinline__ void shift_large(Fragment<kRows, kCols>& s, const float (&m)[kRows],
+                                            float (&reference)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float shift = fabsf(reference[r]) > kLargestFusedReference ? m[r] : 0.0f;
+    if (shift != 0.0f) reference[r] = 0.0f;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) s.v[r][c] -= shift;
+  }
+}
+
+// A row's output is to be multiplied by the result; also its log-sum-exp in natural units. `part` is this thread's part
+// of the row's sum.
+__device__ __forceinline__ float finish_row(float m, float part, float factor_log2, float& lse) {
+  const float sum = sum_over_row(part);
+  lse = sum == 0.0f ? minus_infinity() : fmaf(m, factor_log2, log2f(sum)) * kLn2;
+  return sum == 0.0f ? 0.0f : reciprocal_approximate(sum);  // a sum is at least 1: its largest term
+}
+
 template <int kRows>
 struct OnlineSoftmax {
   float factor_log2;  // from a score to log2 units
@@ -36,24 +64,13 @@ struct OnlineSoftmax {
       for (int c = 1; c < kCols; ++c) tile_max = fmaxf(tile_max, s.v[r][c]);
       const float previous = m[r];
       m[r] = fmaxf(previous, max_over_row(tile_max));
-      // A row that has seen nothing yet: any finite reference gives 2^-inf = 0, and avoids -inf - -inf.
-      reference[r] = m[r] == minus_infinity() ? 0.0f : multiply(m[r], factor_log2);
+      reference[r] = reference_log2(m[r], factor_log2);
       large |= fabsf(reference[r]) > kLargestFusedReference;
       const float correction = exp2_approximate(multiply(previous, factor_log2) - reference[r]);
       l[r] = multiply(l[r], correction);
       o.scale_row(r, correction);
     }
-    // Fused, s factor - reference is off by the rounding of the reference, the same for all scores of the row; the
-    // division by the sum takes it out again. Only where that rounding is more than 1 could it overflow or vanish.
-    if (large) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float shift = fabsf(reference[r]) > kLargestFusedReference ? m[r] : 0.0f;
-        if (shift != 0.0f) reference[r] = 0.0f;
-#pragma unroll
-        for (int c = 0; c < kCols; ++c) s.v[r][c] -= shift;
-      }
-    }
+    if (large) shift_large(s, m, reference);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -64,11 +81,109 @@ struct OnlineSoftmax {
     }
   }
 
-  // Completes row r: what to multiply its output by, and its log-sum-exp in natural units.
-  __device__ __forceinline__ float finish(int r, float& lse) const {
-    const float sum = sum_over_row(l[r]);
-    lse = sum == 0.0f ? minus_infinity() : fmaf(m[r], factor_log2, log2f(sum)) * kLn2;
-    return sum == 0.0f ? 0.0f : 1.0f / sum;
+  __device__ __forceinline__ float finish(int r, float& lse) const { return finish_row(m[r], l[r], factor_log2, lse); }
+};
+
+// Online softmax whose reference lags behind: any number that is not far below a row's largest score serves as well as
+// the largest, so the reference moves only when a score exceeds it by kLag in log2 units, and what was accumulated
+// almost never has to be corrected. Probabilities then reach 2^kLag, which both element types hold.
+template <int kRows>
+struct LaggingSoftmax {
+  static constexpr float kLag = 8.0f;
+
+  float factor_log2;  // from a score to log2 units
+  float lag;          // kLag as a difference of scores
+  bool as_integers;   // every reference of the warp is so large that scores above it are positive, see exceeds()
+  float m[kRows];     // reference, -inf before the first visible score
+  float l[kRows];     // this thread's part of sum of 2^((s - m) factor)
+
+  __device__ __forceinline__ explicit LaggingSoftmax(float factor) : factor_log2(factor), lag(kLag / factor) {}
+
+  __device__ __forceinline__ void start_row_sums() {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      m[r] = minus_infinity();
+      l[r] = 0.0f;
+    }
+    as_integers = false;
+  }
+
+  // Scores of the next tile become probabilities. True: references moved, and what was accumulated for row r is to be
+  // multiplied by correction[r]. Whether a row's reference moves depends on that row alone. All lanes take part.
+  template <int kCols>
+  __device__ __forceinline__ bool update(Fragment<kRows, kCols>& s, float (&correction)[kRows]) {
+    const bool moved = any_lane(exceeds(s));
+    if (moved) {
+      bool positive = true;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float row_max = max_over_row(max_of_row(s, r));
+        const float next = row_max > m[r] + lag ? row_max : m[r];
+        correction[r] = exp2_approximate(multiply(m[r], factor_log2) - reference_log2(next, factor_log2));
+        m[r] = next;
+        l[r] = multiply(l[r], correction[r]);
+        positive &= m[r] + lag >= 0.0f;
+      }
+      as_integers = !any_lane(!positive);
+    }
+    float reference[kRows];
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      reference[r] = reference_log2(m[r], factor_log2);
+      large |= fabsf(reference[r]) > kLargestFusedReference;
+    }
+    if (large) shift_large(s, m, reference);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float other = 0.0f, sum = 0.0f;
+#pragma unroll
+      for (int c = 0; c < kCols; c += 2) {
+        s.v[r][c] = exp2_approximate(fmaf(s.v[r][c], factor_log2, -reference[r]));
+        s.v[r][c + 1] = exp2_approximate(fmaf(s.v[r][c + 1], factor_log2, -reference[r]));
+        sum += s.v[r][c];
+        other += s.v[r][c + 1];
+      }
+      l[r] += sum + other;
+    }
+    return moved;
+  }
+
+  __device__ __forceinline__ float finish(int r, float& lse) const { return finish_row(m[r], l[r], factor_log2, lse); }
+
+ private:
+  // Whether a score of this thread is too far above its row's reference. Floats of which one is positive compare like
+  // the integers of the same bits, and of those one instruction takes the largest of three.
+  template <int kCols>
+  __device__ __forceinline__ bool exceeds(const Fragment<kRows, kCols>& s) const {
+    bool found = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float limit = m[r] + lag;
+      if (as_integers) {
+        int largest = max_of_3(bits_of(s.v[r][0]), bits_of(s.v[r][1]), bits_of(s.v[r][2]));
+        int other = bits_of(s.v[r][3]);  // two chains: half the latency
+#pragma unroll
+        for (int c = 4; c < kCols; c += 4) {
+          largest = max_of_3(largest, bits_of(s.v[r][c]), bits_of(s.v[r][c + 1]));
+          other = max_of_3(other, bits_of(s.v[r][c + 2]), bits_of(s.v[r][c + 3]));
+        }
+        found |= max(largest, other) > bits_of(limit);
+      } else {
+        found |= max_of_row(s, r) > limit;
+      }
+    }
+    return found;
+  }
+  template <int kCols>
+  __device__ __forceinline__ static float max_of_row(const Fragment<kRows, kCols>& s, int r) {
+    float largest = s.v[r][0], other = s.v[r][1];
+#pragma unroll
+    for (int c = 2; c < kCols; c += 2) {
+      largest = fmaxf(largest, s.v[r][c]);
+      other = fmaxf(other, s.v[r][c + 1]);
+    }
+    return fmaxf(largest, other);
   }
 };
 

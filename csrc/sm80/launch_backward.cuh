@@ -15,13 +15,13 @@ Status launch_dq(const Problem& p, const Gradients& g, cudaStream_t stream) {
   if (g.deterministic) {
     using Shape = RecomputeTile<kHeadDim>;
     const int64_t blocks = int64_t(ceil_div(p.shape.q_len, Shape::kQ)) * p.shape.heads * p.shape.batch;
-    return launch("jax_flashattn sm80 backward_query", backward_query<Element, kHeadDim>, blocks, Shape::kThreads,
-                  sizeof(RecomputeSmem<kHeadDim>), stream, p, g);
+    return launch("jax_flashattn sm80 backward_query", backward_query<Element, kHeadDim>,
+                  Grid{blocks, Shape::kThreads, sizeof(RecomputeSmem<kHeadDim>)}, stream, p, g);
   }
   using Shape = BackwardTile<kHeadDim>;
   const int64_t blocks = int64_t(ceil_div(p.shape.q_len, Shape::kQ)) * p.shape.heads * p.shape.batch;
-  return launch("jax_flashattn sm80 store_dq", store_dq<Element, kHeadDim>, blocks, Shape::kThreads,
-                sizeof(Tile<Shape::kQ, kHeadDim>), stream, p, g);
+  return launch("jax_flashattn sm80 store_dq", store_dq<Element, kHeadDim>,
+                Grid{blocks, Shape::kThreads, sizeof(Tile<Shape::kQ, kHeadDim>)}, stream, p, g);
 }
 
 template <class Element, int kHeadDim>
@@ -30,7 +30,7 @@ Status launch_bias(const Problem& p, const Gradients& g, cudaStream_t stream) {
   using Shape = RecomputeTile<kHeadDim>;
   const int64_t planes = int64_t(g.d_bias.batch) * g.d_bias.heads;
   return launch("jax_flashattn sm80 backward_bias", backward_bias<Element, kHeadDim>,
-                planes * BiasTiles<Shape>(p, g.d_bias).count(), Shape::kThreads, sizeof(RecomputeSmem<kHeadDim>),
+                Grid{planes * BiasTiles<Shape>(p, g.d_bias).count(), Shape::kThreads, sizeof(RecomputeSmem<kHeadDim>)},
                 stream, p, g);
 }
 
@@ -47,7 +47,7 @@ Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
     Status status = launch("jax_flashattn compute_delta", compute_delta<Element>,
-                           (rows + rows_per_block - 1) / rows_per_block, kDeltaThreads, 0, stream, p, g);
+                           Grid{(rows + rows_per_block - 1) / rows_per_block, kDeltaThreads, 0}, stream, p, g);
     if (!status.ok()) return status;
     if (!g.deterministic && rows > 0) {
       status =
@@ -56,8 +56,8 @@ Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream
       if (!status.ok()) return status;
     }
     status = with_bool(is_general(p.scores), [&](auto general) {
-      return launch("jax_flashattn sm80 backward", backward<Element, kHeadDim, general.value>, key_tiles,
-                    Shape::kThreads, sizeof(Smem), stream, p, g);
+      return launch("jax_flashattn sm80 backward", backward<Element, kHeadDim, general.value>,
+                    Grid{key_tiles, Shape::kThreads, sizeof(Smem)}, stream, p, g);
     });
     if (status.ok()) status = launch_dq<Element, kHeadDim>(p, g, stream);
     if (status.ok()) status = launch_bias<Element, kHeadDim>(p, g, stream);

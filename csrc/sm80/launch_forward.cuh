@@ -17,7 +17,7 @@ Status launch_forward(const Problem& p, cudaStream_t stream) {
   return with_element(p.type, [&](auto element) {
     return with_bool(is_general(p.scores), [&](auto general) {
       return launch("jax_flashattn sm80 forward", forward<typename decltype(element)::type, kHeadDim, general.value>,
-                    blocks, Shape::kThreads, sizeof(Smem), stream, p);
+                    Grid{blocks, Shape::kThreads, sizeof(Smem)}, stream, p);
     });
   });
 }

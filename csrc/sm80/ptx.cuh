@@ -24,22 +24,6 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// 9.7.14.5.15 ldmatrix: four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 (16 bytes) of
-// matrix l / 8; it gets of matrix i, in r[i], the two elements (row l / 4, columns 2 (l % 4) and 2 (l % 4) + 1).
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-// The same of the transposed matrices: lane l gets (rows 2 (l % 4) and 2 (l % 4) + 1, column l / 4).
-__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
 // 9.7.14.5.14 mma.m16n8k16: d (16x8, f32) += a (16x16) b (16x8). With g = lane / 4 and t = lane % 4:
 //   d: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
 //   a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..), two elements a register

@@ -1,7 +1,7 @@
 // What Python sees of the machine, the same in every library that emulator.py builds.
 #pragma once
 
-#include "machine.h"
+#include "grid.h"
 
 extern "C" {
 
@@ -9,6 +9,7 @@ extern "C" {
 struct Session {
   uint64_t seed;
   int64_t host_threads;
+  int64_t multiprocessors;
   emulator::Counters counters;
   char fault[4096];
 };
@@ -28,10 +29,10 @@ namespace emulator {
 
 // One kernel of a call; nothing happens after a fault.
 template <class Kernel>
-void launch(Session& session, GlobalMemory& memory, int blocks, int threads, size_t shared_bytes,
-            const Kernel& kernel) {
+void launch(Session& session, GlobalMemory& memory, int blocks, int threads, size_t shared_bytes, const Kernel& kernel,
+            int cluster = 1) {
   if (session.fault[0] != '\0') return;
-  const Launch launch = {blocks, threads, shared_bytes, session.seed, int(session.host_threads)};
+  const Launch launch = {blocks, threads, shared_bytes, cluster, session.seed, int(session.host_threads)};
   const std::string fault = run(launch, memory, kernel, session.counters);
   snprintf(session.fault, sizeof(session.fault), "%s", fault.c_str());
 }

@@ -86,9 +86,9 @@ def build(source: str, *flags: str, edits: tuple[tuple[str, str, str], ...] = ()
       flags: more compiler flags.
       edits: (file below csrc, old text, new text): build a mutant; the old text must occur.
     """
-    sources = [HERE / source]
+    sources = []
     for folder in (HERE, CSRC):
-        sources += [*folder.rglob("*.h"), *folder.rglob("*.cuh")]
+        sources += [*folder.rglob("*.h"), *folder.rglob("*.cuh"), *folder.rglob("*.cc")]
     digest = hashlib.sha256(repr((flags, edits, cuda_include(), FLAGS)).encode())
     for file in sorted(sources):
         digest.update(str(file).encode() + file.read_bytes())
@@ -142,13 +142,18 @@ def build(source: str, *flags: str, edits: tuple[tuple[str, str, str], ...] = ()
     return loaded
 
 
+_COUNTERS = (
+    "switches", "products", "matrices", "matrix_wavefronts",
+    "warpgroup_products", "tma_bytes", "proxy_fences",
+)  # fmt: skip
+
+
 class Session(ctypes.Structure):
     """Mirror of Session in api.h."""
 
-    _fields_ = [("seed", ctypes.c_uint64), ("host_threads", ctypes.c_int64)]
-    _fields_ += [
-        (n, ctypes.c_uint64) for n in ("switches", "products", "matrices", "matrix_wavefronts")
-    ]
+    _fields_ = [("seed", ctypes.c_uint64)]
+    _fields_ += [(n, ctypes.c_int64) for n in ("host_threads", "multiprocessors")]
+    _fields_ += [(n, ctypes.c_uint64) for n in _COUNTERS]
     _fields_ += [("fault", ctypes.c_char * 4096)]
 
 
@@ -158,12 +163,21 @@ class Device(contextlib.AbstractContextManager):
     Args:
       library: from build().
       seed: decides which thread runs next.
-      host_threads: blocks that run at once.
+      host_threads: clusters that run at once.
+      multiprocessors: how many the device says it has; persistent kernels launch as many blocks.
     """
 
-    def __init__(self, library: ctypes.CDLL, seed: int = 1, host_threads: int = 2):
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        seed: int = 1,
+        host_threads: int = 2,
+        multiprocessors: int = 3,
+    ):
         self.library = library
-        self.session = Session(seed=seed, host_threads=host_threads)
+        self.session = Session(
+            seed=seed, host_threads=host_threads, multiprocessors=multiprocessors
+        )
         self._memory = ctypes.c_void_p(library.memory_create())
         self._arrays: list[np.ndarray] = []  # kept alive
 

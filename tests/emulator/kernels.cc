@@ -1,5 +1,6 @@
 // The package's calls on the emulator: all of csrc but ffi.cc, with only the launch itself replaced.
 // One library holds one compiled head dim, JFA_HEAD_DIMS.
+#define JFA_SM90
 
 // Launching on a GPU goes out of the way of launching here. The launchers find whichever jfa::launch comes first.
 #define launch launch_on_gpu
@@ -17,11 +18,21 @@ struct EmulatedStream {
 };
 
 template <class... Parameters, class... Arguments>
-Status launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-              cudaStream_t stream, const Arguments&... arguments) {
+Status launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+              const Arguments&... arguments) {
   const EmulatedStream& on = *reinterpret_cast<EmulatedStream*>(stream);
-  emulator::launch(on.session, on.memory, int(blocks), threads, shared_bytes, [&] { kernel(arguments...); });
+  emulator::launch(
+      on.session, on.memory, int(grid.blocks), grid.threads, grid.shared_bytes, [&] { kernel(arguments...); },
+      grid.cluster);
   return on.session.fault[0] == '\0' ? Status::Ok() : Status::Internal(std::string(name) + ": " + on.session.fault);
+}
+
+constexpr int kSharedBytes = 232448;  // of a block
+
+// How many the device says it has, to calls of this host thread.
+inline int& multiprocessors() {
+  static thread_local int count = 0;
+  return count;
 }
 
 }  // namespace jfa
@@ -32,11 +43,34 @@ extern "C" cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStre
   return inside ? cudaSuccess : cudaErrorInvalidValue;
 }
 extern "C" const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }
-extern "C" const char* cudaGetErrorString(cudaError_t) { return "memory outside every array"; }
+extern "C" const char* cudaGetErrorString(cudaError_t) { return "the emulator has no such thing"; }
+extern "C" cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = jfa::multiprocessors();
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = jfa::kSharedBytes;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 #include "attention.cc"
 #include "sm80/launch_backward.cuh"
 #include "sm80/launch_forward.cuh"
+#include "sm90/launch_forward.cuh"
 
 namespace {
 
@@ -123,19 +157,28 @@ void report(Session& session, const jfa::Status& status) {
 
 extern "C" uint64_t call_bytes() { return sizeof(Call); }
 
-extern "C" int64_t scratch_floats(Session* session, const Call* call) {
+// Of the forward or the backward.
+extern "C" int64_t scratch_floats(Session* session, const Call* call, const char* family, int is_backward) {
+  const jfa::Device device = {90, int(session->multiprocessors), jfa::kSharedBytes};
+  const jfa::Problem p = problem_of(*call);
   jfa::Plan plan;
-  report(*session, jfa::plan_backward(problem_of(*call), gradients_of(*call), "auto", 1 << 20, plan));
+  report(*session, is_backward ? jfa::plan_backward(p, gradients_of(*call), family, device, plan)
+                               : jfa::plan_forward(p, family, device, plan));
   return plan.scratch_floats;
 }
 
-extern "C" void attention_forward(Session* session, emulator::GlobalMemory* memory, const Call* call) {
+extern "C" void attention_forward(Session* session, emulator::GlobalMemory* memory, const Call* call,
+                                  const char* family) {
+  jfa::multiprocessors() = int(session->multiprocessors);
   jfa::EmulatedStream stream = {*session, *memory};
-  report(*session, jfa::forward(problem_of(*call), "auto", reinterpret_cast<cudaStream_t>(&stream)));
+  report(*session, jfa::forward(problem_of(*call), static_cast<float*>(call->scratch), call->scratch_floats, family,
+                                reinterpret_cast<cudaStream_t>(&stream)));
 }
 
-extern "C" void attention_backward(Session* session, emulator::GlobalMemory* memory, const Call* call) {
+extern "C" void attention_backward(Session* session, emulator::GlobalMemory* memory, const Call* call,
+                                   const char* family) {
+  jfa::multiprocessors() = int(session->multiprocessors);
   jfa::EmulatedStream stream = {*session, *memory};
   report(*session, jfa::backward(problem_of(*call), gradients_of(*call), static_cast<float*>(call->scratch),
-                                 call->scratch_floats, "auto", reinterpret_cast<cudaStream_t>(&stream)));
+                                 call->scratch_floats, family, reinterpret_cast<cudaStream_t>(&stream)));
 }

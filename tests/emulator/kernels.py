@@ -4,7 +4,7 @@ import ctypes
 import math
 
 import numpy as np
-from emulator.emulator import Device, build
+from emulator.emulator import Device, FaultError, build
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 UNBOUNDED = 2**31 - 1
@@ -56,7 +56,7 @@ def library(head_dim, edits=()):
 
 
 def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_cotangent=True,
-        edits=(), **device):  # fmt: skip
+        family="sm80", edits=(), **device):  # fmt: skip
     """Runs forward and backward of a case; Results, without the gradient of a scale.
 
     Args:
@@ -66,6 +66,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
       general: pass the scale as an array, so that the kernels for general scores run in any case.
       deterministic: dQ by backward_query instead of the accumulator.
       lse_cotangent: give the backward a gradient of lse.
+      family: of kernels: "sm80", "sm90", or "auto" for the package's own choice.
       edits: as of build(): run a mutant of the kernels.
       **device: arguments of Device.
 
@@ -102,8 +103,9 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         out = np.full((batch, q_len, heads, value.shape[3]), np.nan, query.dtype)
         lse = np.full((batch, heads, q_len), np.nan, np.float32)
         forward = _Call.from_buffer_copy(call)
+        _add_scratch(memory, forward, family, "forward_scratch")
         forward.o, forward.lse = memory.output("out", out), memory.output("lse", lse)
-        memory.call("attention_forward", ctypes.byref(forward))
+        memory.call("attention_forward", ctypes.byref(forward), family.encode())
         results = Results(out=out, lse=lse)
         results.session = memory.session
         if not gradients:
@@ -119,16 +121,24 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         if bias is not None:
             d_bias = np.full(bias.shape, np.nan, np.float32)
             call.d_bias = _scores(memory.output("d_bias", d_bias), d_bias)
-        call.scratch_floats = loaded.scratch_floats(
-            ctypes.byref(memory.session), ctypes.byref(call)
-        )
-        scratch = np.full(call.scratch_floats, np.nan, np.float32)
-        call.scratch = memory.output("scratch", scratch, scratch=True)
-        memory.call("attention_backward", ctypes.byref(call))
+        # The Hopper family has no backward.
+        family = "auto" if family == "sm90" else family
+        _add_scratch(memory, call, family, "scratch", is_backward=True)
+        memory.call("attention_backward", ctypes.byref(call), family.encode())
         results |= gradient
         if bias is not None:
             results["bias"] = d_bias.astype(bias.dtype)
         return results
+
+
+def _add_scratch(memory, call, family, name, is_backward=False):
+    """Allocates what the plan of a call says that it needs."""
+    arguments = ctypes.byref(memory.session), ctypes.byref(call), family.encode(), int(is_backward)
+    call.scratch_floats = memory.library.scratch_floats(*arguments)
+    if memory.session.fault:
+        raise FaultError(memory.session.fault.decode())
+    scratch = np.full(call.scratch_floats, np.nan, np.float32)
+    call.scratch = memory.output(name, scratch, scratch=True)
 
 
 def _window(is_causal=False, local_window_size=None, **_):

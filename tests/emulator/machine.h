@@ -1,64 +1,69 @@
-// A SIMT machine: every CUDA thread of a block is a fiber, which runs until it waits for others. Blocks run one after
-// another on each of a few host threads. Which fiber runs next is drawn from a seed.
+// A SIMT machine: every CUDA thread of a block is a fiber, which runs until it waits for others. The blocks of a
+// cluster run together, clusters one after another. Which fiber runs next is drawn from a seed, and so is when that
+// happens which threads start and do not do themselves.
 #pragma once
 
-#include <signal.h>
-
-#include <atomic>
+#include <numeric>
 #include <functional>
-#include <mutex>
-#include <thread>
 
-#include "memory.h"
+#include "async.h"
+#include "global.h"
+#include "settings.h"
+#include "shared.h"
 
 namespace emulator {
 
-constexpr int kWarp = 32;
-
-struct Launch {
-  int blocks = 1;
-  int threads = kWarp;
-  size_t shared_bytes = 0;
-  uint64_t seed = 1;
-  int host_threads = 1;
-};
-
-struct Counters {
-  uint64_t switches = 0;           // of fibers
-  uint64_t products = 0;           // mma instructions
-  uint64_t matrices = 0;           // 8 x 8 matrices read by ldmatrix
-  uint64_t matrix_wavefronts = 0;  // passes over the banks they took; without conflicts as many
-
-  void add(const Counters& other) {
-    switches += other.switches;
-    products += other.products;
-    matrices += other.matrices;
-    matrix_wavefronts += other.matrix_wavefronts;
-  }
-};
-
 class Machine {
  public:
+  struct Gate {
+    int participants = kWarp;
+    const char* instruction = nullptr;
+    std::vector<int> arrived;  // threads that wait
+    std::vector<int> passed;   // threads that only arrived, and what they knew then
+    Clocks::Knowledge told;
+  };
+  // One block of the cluster.
+  struct Block {
+    static constexpr int kBarriers = 16, kRegisters = 65536;
+
+    Block(const Launch& launch, Clocks& clocks) : shared(launch.shared_bytes, clocks) {}
+
+    SharedMemory shared;
+    Gate barriers[kBarriers];
+    std::vector<Gate> warpgroup_gates;
+    std::vector<int> registers;  // of each thread of a warpgroup
+    int register_pool = 0;       // what the block got when it began, summed over warpgroups: all there will be
+    std::vector<int> waiting_for_registers;
+    std::deque<Mbarrier> mbarriers;
+    std::deque<Warpgroup> warpgroups;
+    std::vector<uint32_t> touched;  // from outside: by each actor of Clocks, when last
+    int alive = 0;
+  };
+
   Machine(const Launch& launch, GlobalMemory& global, const std::function<void()>& kernel)
       : launch_(launch),
+        count_(launch.threads * launch.cluster),
         global_(global),
         kernel_(kernel),
-        clocks_(launch.threads),
-        shared_(launch.shared_bytes, clocks_),
-        stacks_(launch.threads),
-        threads_(launch.threads),
-        warps_(launch.threads / kWarp),
-        random_(launch.seed * 2654435761u + 88172645463325252u) {}
+        clocks_(count_, launch.threads, 64 * launch.cluster),
+        stacks_(count_),
+        threads_(count_),
+        warps_(count_ / kWarp),
+        random_(launch.seed * 2654435761u + 88172645463325252u) {
+    for (int rank = 0; rank < launch.cluster; ++rank) blocks_.emplace_back(launch, clocks_);
+    leader_ = int(draw(kWarp));
+  }
 
-  // Runs one block to its end; false when it failed, and fault() says how.
-  bool run(int block) {
-    block_ = block;
+  // Runs one cluster to its end; false when it failed, and fault() says how.
+  bool run(int cluster) {
+    first_block_ = cluster * launch_.cluster;
     clocks_.reset();
-    shared_.reset();
-    for (Gate& gate : barriers_) gate.arrived.clear();
-    for (Gate& gate : warps_) gate.arrived.clear();
+    for (Gate& gate : warps_) gate = Gate();
+    cluster_gate_ = Gate();
     runnable_.clear();
-    for (int t = 0; t < launch_.threads; ++t) {
+    deferred_.clear();
+    for (Block& block : blocks_) reset(block);
+    for (int t = 0; t < count_; ++t) {
       threads_[t] = Thread();
       threads_[t].fiber.start(stacks_.bottom(t), Stacks::usable_bytes(t), [] {
         current()->kernel_();
@@ -66,7 +71,7 @@ class Machine {
       });
       runnable_.push_back(t);
     }
-    alive_ = launch_.threads;
+    alive_ = count_;
     switch_to_next(main_);
     running_ = -1;
     return fault_.empty();
@@ -81,17 +86,23 @@ class Machine {
     return machine;
   }
 
-  int block() const { return block_; }
-  int thread() const { return running_; }
+  int block() const { return first_block_ + rank_; }
+  int blocks() const { return launch_.blocks; }
+  int thread() const { return running_ - rank_ * launch_.threads; }
   int threads() const { return launch_.threads; }
-  size_t shared_bytes() const { return shared_.size(); }
+  size_t shared_bytes() const { return blocks_[0].shared.size(); }
+  // The block's place in its cluster, whose blocks are `cluster()`.
+  int rank() const { return rank_; }
+  int cluster() const { return launch_.cluster; }
   Counters& count() { return counters_; }
+  // The lane that elect_one() elects: always the same one, but no kernel may know which.
+  int leader() const { return leader_; }
 
   const unsigned char* read_shared(uint32_t address, uint32_t size, const Where& where) {
-    return shared_.read(running_, address, size, note(where));
+    return mine().shared.read(running_, local(address), size, note(where));
   }
   unsigned char* write_shared(uint32_t address, uint32_t size, const Where& where) {
-    return shared_.write(running_, address, size, note(where));
+    return mine().shared.write(running_, local(address), size, note(where));
   }
   const unsigned char* read_global(const void* p, size_t size, const Where& where) {
     return global_.read(thread_in_grid(), p, size, note(where));
@@ -104,7 +115,8 @@ class Machine {
   // Asynchronous copies land when their thread waits for their group, not before: the latest time the ISA allows.
   void start_copy(uint32_t shared, const void* global, uint32_t size, bool valid, const Where& where) {
     Thread& me = threads_[running_];
-    shared_.start_copy(running_, shared, size, note(where));
+    shared = local(shared);
+    mine().shared.start_copy(running_, shared, size, note(where));
     const unsigned char* source = nullptr;
     if (valid) source = global_.read(thread_in_grid(), global, size, where);
     me.copies.push_back({shared, size, source, me.groups});
@@ -115,7 +127,7 @@ class Machine {
     size_t landed = 0;
     for (; landed < me.copies.size() && me.copies[landed].group + pending < me.groups; ++landed) {
       const Copy& copy = me.copies[landed];
-      unsigned char* to = shared_.land(running_, copy.shared, copy.size);
+      unsigned char* to = mine().shared.land(running_, copy.shared, copy.size);
       if (copy.source == nullptr) {
         memset(to, 0, copy.size);
       } else {
@@ -126,25 +138,13 @@ class Machine {
   }
 
   // Barrier 0 is the block's; the others have as many participants as each of them says.
-  void barrier(int id, int participants, const Where& where) {
-    if (id < 0 || id >= kBarriers) fail(where, text("barrier %d of %d", id, kBarriers));
-    Gate& gate = barriers_[id];
-    if (!gate.arrived.empty() && gate.participants != participants) {
-      fail(where, text("barrier %d for %d threads and for %d at once", id, gate.participants, participants));
-    }
-    gate.participants = participants;
-    meet(gate, where, [&] {
-      if (participants == launch_.threads) {
-        clocks_.join_block();
-      } else {
-        clocks_.join(gate.arrived);
-      }
-    });
-  }
-  void warp_barrier(const Where& where) {
-    Gate& gate = warp_gate(where);
-    meet(gate, where, [&] { clocks_.join(gate.arrived); });
-  }
+  void barrier(int id, int participants, const Where& where);
+  // Counts as one of the participants, and goes on.
+  void pass_barrier(int id, int participants, const Where& where);
+  void warp_barrier(const Where& where);
+  void cluster_barrier(const Where& where);
+  // What all threads of the warpgroup must come to.
+  void meet_warpgroup(const Where& where);
 
   // An instruction that a warp's lanes execute as one: `complete(lanes)` runs when all have brought their operands.
   // It orders no memory accesses.
@@ -159,31 +159,47 @@ class Machine {
     });
   }
 
-  // Ends the block: records the first fault and leaves the fiber for good.
-  [[noreturn]] void stop(const Where& where, const std::string& what) {
-    const char* path = strstr(where.site.file, "csrc/");
-    fault_ = text("block %d, thread %d (warp %d, lane %d), %s in %s(), %s:%d: ", block_, running_, running_ / kWarp,
-                  running_ % kWarp, where.instruction, where.site.function, path == nullptr ? where.site.file : path,
-                  where.site.line) +
-             what;
-    leave(threads_[running_].fiber);
+  // ---- for the models of mbarriers, TMA and wgmma
+
+  int running() const { return running_; }  // the thread's number in the cluster
+  Clocks& clocks() { return clocks_; }
+  GlobalMemory& global() { return global_; }
+  uint32_t thread_in_grid() const { return uint32_t(first_block_) * launch_.threads + running_; }
+  Block& mine() { return blocks_[rank_]; }
+  Block& block_of_rank(int rank, const Where& where) {
+    if (rank < 0 || rank >= launch_.cluster) fail(where, text("block %d of a cluster of %d", rank, launch_.cluster));
+    return blocks_[rank];
   }
+  // In a cluster a shared address says whose memory it is.
+  static constexpr int kRankShift = 24;
+  uint32_t local(uint32_t address) const { return address - (uint32_t(rank_) << kRankShift); }
+  Storer& storer() { return threads_[running_].storer; }
+  const Where& note(const Where& where) { return threads_[running_].last = where; }
+  uint64_t draw(uint64_t choices) {
+    random_ ^= random_ << 13;
+    random_ ^= random_ >> 7;
+    random_ ^= random_ << 17;
+    return (random_ >> 32) * choices >> 32;
+  }
+  // Something that will happen by itself, in the name of the thread that runs now.
+  void defer(std::function<void()> action) { deferred_.push_back({running_, std::move(action)}); }
+  // Until somebody calls wake() with this thread.
+  void sleep(const Where& where, const Mbarrier* on = nullptr) {
+    note(where);
+    Thread& me = threads_[running_];
+    me.waits_on = on;
+    switch_to_next(me.fiber);
+    me.waits_on = nullptr;
+  }
+  void wake(int thread) { runnable_.push_back(thread); }
+
+  // Ends the launch: records the first fault and leaves the fiber for good.
+  [[noreturn]] void stop(const Where& where, const std::string& what);
   // A kernel followed a pointer itself: past the functions that translate and check it, or into nowhere.
-  [[noreturn]] void stop_at_plain_access(const void* p) {
-    const Where last = threads_[running_].last;
-    if (stacks_.contains(p)) stop(last, "after this the fiber's stack overflowed");
-    std::string what = text("address %p", p);
-    if (global_.contains(p)) what = "global memory";
-    if (SharedMemory::window().contains(p)) {
-      what = text("shared memory, byte %td", static_cast<const unsigned char*>(p) - SharedMemory::window_begin());
-    }
-    stop(last, "after this a plain load or store touched " + what + ", not through device.cuh or ptx.cuh");
-  }
+  [[noreturn]] void stop_at_plain_access(const void* p);
   bool in_kernel() const { return running_ >= 0; }
 
  private:
-  static constexpr int kBarriers = 16;
-
   struct Copy {
     uint32_t shared, size;
     const unsigned char* source;  // null: zeros
@@ -193,101 +209,117 @@ class Machine {
     Fiber fiber;
     void* operand = nullptr;  // of the collective instruction it waits in
     Where last{"start", Site()};
-    bool waiting = false, done = false;
-    int groups = 0;  // committed so far
+    const Mbarrier* waits_on = nullptr;
+    bool done = false;
+    int groups = 0;  // of copies, committed so far
     std::vector<Copy> copies;
+    Storer storer;
   };
-  struct Gate {
-    int participants = kWarp;
-    const char* instruction = nullptr;
-    std::vector<int> arrived;
+  struct Deferred {
+    int thread;
+    std::function<void()> action;
   };
 
-  const Where& note(const Where& where) { return threads_[running_].last = where; }
-  uint32_t thread_in_grid() const { return uint32_t(block_) * launch_.threads + running_; }
-
-  Gate& warp_gate(const Where& where) {
-    Gate& gate = warps_[running_ / kWarp];
-    if (!gate.arrived.empty() && strcmp(gate.instruction, where.instruction) != 0) {
-      fail(where, text("the warp diverged: lane %d is at ", gate.arrived[0] % kWarp) + gate.instruction);
-    }
-    return gate;
+  void reset(Block& block) {
+    block.shared.reset();
+    for (Gate& gate : block.barriers) gate = Gate();
+    const int warpgroups = launch_.threads / kWarpgroup;
+    block.warpgroup_gates.assign(warpgroups, Gate());
+    block.registers.assign(warpgroups, std::min(256, Block::kRegisters / launch_.threads / 8 * 8));
+    block.register_pool = std::accumulate(block.registers.begin(), block.registers.end(), 0);
+    block.waiting_for_registers.clear();
+    block.mbarriers.clear();
+    block.warpgroups.clear();
+    block.warpgroups.resize(warpgroups);
+    block.touched.clear();
+    block.alive = launch_.threads;
   }
 
-  // Waits for the gate's participants; the last of them runs `complete` and wakes the others.
-  template <class Complete>
-  void meet(Gate& gate, const Where& where, const Complete& complete) {
+  Gate& warp_gate(const Where& where);
+  Gate& named_gate(int id, int participants, const Where& where);
+
+  // Waits for the gate's participants; the last of them runs `act` and wakes the others.
+  template <class Act>
+  void meet(Gate& gate, const Where& where, const Act& act) {
     note(where);
     gate.instruction = where.instruction;
     gate.arrived.push_back(running_);
-    if (int(gate.arrived.size()) == gate.participants) {
-      complete();
-      for (int t : gate.arrived) threads_[t].waiting = false;
+    if (complete(gate)) {
+      act();
       gate.arrived.pop_back();  // this thread goes on by itself
-      runnable_.insert(runnable_.end(), gate.arrived.begin(), gate.arrived.end());
-      gate.arrived.clear();
-      return;
+      open(gate, [] {});
+    } else {
+      switch_to_next(threads_[running_].fiber);
     }
-    Thread& me = threads_[running_];
-    me.waiting = true;
-    switch_to_next(me.fiber);
+  }
+  static bool complete(const Gate& gate) { return int(gate.arrived.size() + gate.passed.size()) == gate.participants; }
+  template <class Act>
+  void open(Gate& gate, const Act& act) {
+    act();
+    runnable_.insert(runnable_.end(), gate.arrived.begin(), gate.arrived.end());
+    gate.arrived.clear();
+    gate.passed.clear();
+    gate.told.clear();
   }
 
-  void finish_thread() {
-    threads_[running_].done = true;
-    if (--alive_ == 0) leave(threads_[running_].fiber);
-    switch_to_next(threads_[running_].fiber);
+  void set_running(int thread) {
+    running_ = thread;
+    rank_ = launch_.cluster == 1 ? 0 : thread / launch_.threads;
   }
   void switch_to_next(Fiber& from) {
-    if (runnable_.empty()) {
-      fault_ = text("block %d: deadlock: ", block_) + who_waits_where();
-      leave(from);
+    for (;;) {
+      const size_t choices = runnable_.size() + deferred_.size();
+      if (choices == 0) {
+        fault_ = text("block %d: deadlock: ", first_block_) + who_waits_where();
+        leave(from);
+      }
+      const size_t drawn = draw(choices);
+      if (drawn >= runnable_.size()) {
+        act(drawn - runnable_.size());
+        continue;
+      }
+      set_running(runnable_[drawn]);
+      runnable_[drawn] = runnable_.back();
+      runnable_.pop_back();
+      break;
     }
-    random_ ^= random_ << 13;
-    random_ ^= random_ >> 7;
-    random_ ^= random_ << 17;
-    const size_t drawn = (random_ >> 32) * runnable_.size() >> 32;
-    running_ = runnable_[drawn];
-    runnable_[drawn] = runnable_.back();
-    runnable_.pop_back();
     ++counters_.switches;
-    switch_fiber(from, threads_[running_].fiber);
+    Fiber& to = threads_[running_].fiber;
+    if (&to != &from) switch_fiber(from, to);  // else something that happened meanwhile has woken this thread
+  }
+  void act(size_t index) {
+    const Deferred now = std::move(deferred_[index]);
+    deferred_.erase(deferred_.begin() + index);
+    set_running(now.thread);
+    now.action();
   }
   [[noreturn]] void leave(Fiber& from) {
     switch_fiber(from, main_);
     abort();  // nobody goes back to a fiber that left
   }
 
-  std::string who_waits_where() const {
-    std::string all;
-    for (int begin = 0, end; begin < launch_.threads; begin = end) {
-      const std::string state = describe(threads_[begin]);
-      for (end = begin + 1; end < launch_.threads && describe(threads_[end]) == state;) ++end;
-      all += text("%sthreads %d-%d ", all.empty() ? "" : "; ", begin, end - 1) + state;
-    }
-    return all;
-  }
-  static std::string describe(const Thread& thread) {
-    if (thread.done) return "have returned";
-    const Site& site = thread.last.site;
-    const char* path = strstr(site.file, "csrc/");
-    return text("wait in %s, called by %s(), %s:%d", thread.last.instruction, site.function,
-                path == nullptr ? site.file : path, site.line);
-  }
+  // ---- the end of things, and messages: in report.h
+  void finish_thread();
+  void check_end_of_thread();
+  void check_end_of_block();
+  std::string who_waits_where() const;
+  std::string describe(const Thread& thread) const;
 
   const Launch launch_;
+  const int count_;  // threads of the cluster; those of a block are neighbours
   GlobalMemory& global_;
   const std::function<void()>& kernel_;
   Clocks clocks_;
-  SharedMemory shared_;
+  std::deque<Block> blocks_;
   Stacks stacks_;
   std::vector<Thread> threads_;
   std::vector<Gate> warps_;
-  Gate barriers_[kBarriers];
+  Gate cluster_gate_;
   std::vector<int> runnable_;
+  std::vector<Deferred> deferred_;
   Fiber main_;
   uint64_t random_;
-  int block_ = 0, running_ = -1, alive_ = 0;
+  int first_block_ = 0, running_ = -1, rank_ = 0, alive_ = 0, leader_ = 0;
   std::string fault_;
   Counters counters_;
 };
@@ -295,63 +327,5 @@ class Machine {
 inline Machine& machine() { return *Machine::current(); }
 
 [[noreturn]] inline void fail(const Where& where, const std::string& what) { machine().stop(where, what); }
-
-// While this lives, a bad pointer in a kernel becomes a fault of its launch; elsewhere signals act as before.
-class SignalGuard {
- public:
-  SignalGuard() {
-    struct sigaction action = {};
-    action.sa_sigaction = [](int number, siginfo_t* info, void*) {
-      if (Machine::current() != nullptr && machine().in_kernel()) machine().stop_at_plain_access(info->si_addr);
-      sigaction(number, &previous(), nullptr);
-    };
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;  // the handler leaves by switching fibers
-    sigaction(SIGSEGV, &action, &previous());
-  }
-  ~SignalGuard() { sigaction(SIGSEGV, &previous(), nullptr); }
-
- private:
-  static struct sigaction& previous() {
-    static struct sigaction action;
-    return action;
-  }
-};
-
-// Runs a grid. Returns what went wrong first, or an empty string; `counters` are added to.
-inline std::string run(const Launch& launch, GlobalMemory& global, const std::function<void()>& kernel,
-                       Counters& counters) {
-  static std::mutex one_launch;
-  const std::lock_guard<std::mutex> lock(one_launch);
-  if (launch.threads <= 0 || launch.threads > 1024 || launch.threads % kWarp != 0)
-    return "threads: whole warps, <= 1024";
-  const SignalGuard signals;
-  global.begin_launch();
-  std::atomic<int> next{0};
-  std::mutex results;
-  std::string fault;
-  const auto work = [&] {
-    std::vector<unsigned char> signal_stack(64 * 1024);
-    const stack_t stack = {signal_stack.data(), 0, signal_stack.size()};
-    stack_t outer;
-    sigaltstack(&stack, &outer);
-    Launch mine = launch;
-    mine.seed += next;
-    Machine here(mine, global, kernel);
-    Machine::current() = &here;
-    for (int block; (block = next++) < launch.blocks;) {
-      if (!here.run(block)) next = launch.blocks;
-    }
-    Machine::current() = nullptr;
-    sigaltstack(&outer, nullptr);
-    const std::lock_guard<std::mutex> result(results);
-    counters.add(here.counters());
-    if (fault.empty()) fault = here.fault();
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < std::min(launch.host_threads, launch.blocks); ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-  return fault;
-}
 
 }  // namespace emulator

@@ -1,5 +1,5 @@
 // Kernels that prove the emulator: a matrix product that must be right, and the same with one bug planted, each of
-// which must be caught. They are written as the package's kernels are, against the same two headers.
+// which must be caught. They are written as the package's kernels are, against the same headers.
 #include "api.h"
 #include "common/device.cuh"
 #include "sm80/ptx.cuh"
@@ -87,17 +87,17 @@ void gemm(const uint16_t* a, const uint16_t* b, float* c, float* sum, int n, int
     if (bug != Bug::kNoBarrierAfterWait) barrier();
     for (int inner = 0; inner < kDepth; inner += 16) {
       uint32_t a_registers[4];
-      sm80::load_matrix_x4(a_registers, shared_address(smem.a[stage]) + (warp * 16 + lane % 16) * kRowBytes +
-                                            (inner / 8 + lane / 16) * 16);
+      load_matrix_x4(a_registers, shared_address(smem.a[stage]) + (warp * 16 + lane % 16) * kRowBytes +
+                                      (inner / 8 + lane / 16) * 16);
       for (int block = 0; block < kTile / 16; ++block) {
         uint32_t b_registers[4];
         const uint32_t base = shared_address(smem.b[stage]);
         if (kTransposed) {
-          sm80::load_matrix_x4_transposed(
-              b_registers, base + (inner + lane % 16) * kTransposedRowBytes + (block * 2 + lane / 16) * 16);
+          load_matrix_x4_transposed(b_registers,
+                                    base + (inner + lane % 16) * kTransposedRowBytes + (block * 2 + lane / 16) * 16);
         } else {
-          sm80::load_matrix_x4(b_registers, base + (block * 16 + lane / 16 * 8 + lane % 8) * kRowBytes +
-                                                (inner / 8 + lane / 8 % 2) * 16);
+          load_matrix_x4(b_registers,
+                         base + (block * 16 + lane / 16 * 8 + lane % 8) * kRowBytes + (inner / 8 + lane / 8 % 2) * 16);
         }
         for (int half = 0; half < 2; ++half) {
           float (&e)[4] = d[block * 2 + half];

@@ -1,10 +1,13 @@
 // Stands in for csrc/common/device.cuh: the same functions, carried out by the emulator's machine.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
-#include "machine.h"
+#include "elements.h"
+#include "report.h"
+#include "tma.h"
 
 namespace jfa {
 
@@ -21,18 +24,20 @@ inline int warp_index(Site site = {}) {
   return thread_index() / kWarpThreads;
 }
 inline int block_index() { return emulator::machine().block(); }
+inline int grid_blocks() { return emulator::machine().blocks(); }
 
 inline void barrier(Site site = {}) {
   emulator::machine().barrier(0, emulator::machine().threads(), {"barrier", site});
 }
 inline void warp_barrier(Site site = {}) { emulator::machine().warp_barrier({"warp_barrier", site}); }
 
-inline float shuffle_xor(float value, int lane_mask, Site site = {}) {
+template <class T>
+inline T shuffle_xor_any(T value, int lane_mask, Site site) {
   struct Operand {
-    float value;
+    T value;
     int lane_mask;
-    float received;
-  } mine = {value, lane_mask, 0.0f};
+    T received;
+  } mine = {value, lane_mask, T()};
   emulator::machine().collective(mine, {"shuffle_xor", site}, [](Operand* const(&lanes)[kWarpThreads]) {
     for (int lane = 0; lane < kWarpThreads; ++lane) {
       // A source lane outside the warp: the lane keeps its own value.
@@ -41,6 +46,24 @@ inline float shuffle_xor(float value, int lane_mask, Site site = {}) {
     }
   });
   return mine.received;
+}
+inline float shuffle_xor(float value, int lane_mask, Site site = {}) { return shuffle_xor_any(value, lane_mask, site); }
+inline uint32_t shuffle_xor(uint32_t value, int lane_mask, Site site = {}) {
+  return shuffle_xor_any(value, lane_mask, site);
+}
+inline uint32_t broadcast(uint32_t value, Site site = {}) {
+  emulator::machine().collective(value, {"broadcast", site}, [](uint32_t* const(&lanes)[kWarpThreads]) {
+    for (uint32_t* lane : lanes) *lane = *lanes[0];
+  });
+  return value;
+}
+inline bool any_lane(bool value, Site site = {}) {
+  emulator::machine().collective(value, {"any_lane", site}, [](bool* const(&lanes)[kWarpThreads]) {
+    bool any = false;
+    for (bool* lane : lanes) any = any || *lane;
+    for (bool* lane : lanes) *lane = any;
+  });
+  return value;
 }
 
 template <class Smem>
@@ -57,7 +80,8 @@ inline uint32_t shared_address(const void* pointer, Site site = {}) {
     emulator::fail({"shared_address", site}, "the pointer is not one into shared memory");
   }
   const auto begin = emulator::SharedMemory::window_begin();
-  return emulator::SharedMemory::kBase + uint32_t(static_cast<const unsigned char*>(pointer) - begin);
+  const uint32_t rank = uint32_t(emulator::machine().rank()) << emulator::Machine::kRankShift;
+  return rank + emulator::SharedMemory::kBase + uint32_t(static_cast<const unsigned char*>(pointer) - begin);
 }
 
 template <class T>
@@ -70,6 +94,9 @@ inline T copy_from(const unsigned char* bytes) {
 inline float load_shared_f32(uint32_t address, Site site = {}) {
   return copy_from<float>(emulator::machine().read_shared(address, 4, {"load_shared_f32", site}));
 }
+inline uint32_t load_shared_32(uint32_t address, Site site = {}) {
+  return copy_from<uint32_t>(emulator::machine().read_shared(address, 4, {"load_shared_32", site}));
+}
 inline uint4 load_shared_128(uint32_t address, Site site = {}) {
   return copy_from<uint4>(emulator::machine().read_shared(address, 16, {"load_shared_128", site}));
 }
@@ -78,6 +105,55 @@ inline void store_shared_f32(uint32_t address, float value, Site site = {}) {
 }
 inline void store_shared_32(uint32_t address, uint32_t value, Site site = {}) {
   memcpy(emulator::machine().write_shared(address, 4, {"store_shared_32", site}), &value, 4);
+}
+inline void store_shared_128(uint32_t address, uint4 value, Site site = {}) {
+  memcpy(emulator::machine().write_shared(address, 16, {"store_shared_128", site}), &value, 16);
+}
+
+// One lane's part of ldmatrix.x4: the row it reads for the warp, and the registers it gets.
+struct MatrixOperand {
+  uint32_t address;
+  uint16_t row[8];
+  uint32_t r[4];
+};
+
+// `addresses` of the rows of four matrices, which an instruction reads or writes.
+inline void count_matrices(const uint32_t (&addresses)[kWarpThreads]) {
+  emulator::Counters& count = emulator::machine().count();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    int rows_in_banks[8] = {};  // a row takes four of the 32 banks
+    for (int row = 0; row < 8; ++row) ++rows_in_banks[addresses[matrix * 8 + row] / 16 % 8];
+    count.matrices += 1;
+    count.matrix_wavefronts += *std::max_element(rows_in_banks, rows_in_banks + 8);
+  }
+}
+
+// Lane 4 g + t gets of each matrix elements (g, 2t) and (g, 2t + 1), of the transposed one (2t, g) and (2t + 1, g).
+template <bool kTransposed>
+inline void load_matrices(uint32_t (&r)[4], uint32_t address, const emulator::Where& where) {
+  MatrixOperand mine;
+  mine.address = address;
+  memcpy(mine.row, emulator::machine().read_shared(address, 16, where), 16);
+  emulator::machine().collective(mine, where, [](MatrixOperand* const(&lanes)[kWarpThreads]) {
+    uint32_t addresses[kWarpThreads];
+    for (int lane = 0; lane < kWarpThreads; ++lane) addresses[lane] = lanes[lane]->address;
+    count_matrices(addresses);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const auto element = [&](int row, int col) -> uint32_t { return lanes[matrix * 8 + row]->row[col]; };
+      for (int lane = 0; lane < kWarpThreads; ++lane) {
+        const int g = lane / 4, t = lane % 4;
+        lanes[lane]->r[matrix] = kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
+                                             : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
+      }
+    }
+  });
+  memcpy(r, mine.r, sizeof(r));
+}
+inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address, Site site = {}) {
+  load_matrices<false>(r, address, {"load_matrix_x4", site});
+}
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address, Site site = {}) {
+  load_matrices<true>(r, address, {"load_matrix_x4_transposed", site});
 }
 
 template <class T>
@@ -90,24 +166,38 @@ inline void store_global(T* pointer, T value, Site site = {}) {
   static_assert(sizeof(T) <= 16, "one instruction moves at most 16 bytes");
   memcpy(emulator::machine().write_global(pointer, sizeof(T), {"store_global", site}), &value, sizeof(T));
 }
+inline void store_global_128(void* pointer, uint4 value, Site site = {}) {
+  memcpy(emulator::machine().write_global(pointer, 16, {"store_global_128", site}), &value, 16);
+}
 inline void add_global(float* pointer, float value, Site site = {}) {
-  // Blocks on other host threads may add to the same place.
-  auto place = reinterpret_cast<uint32_t*>(emulator::machine().add_global(pointer, 4, {"add_global", site}));
+  emulator::add_float(emulator::machine().add_global(pointer, 4, {"add_global", site}), value);
+}
+inline uint32_t increment_global(uint32_t* counter, uint32_t last, Site site = {}) {
+  // Blocks on other host threads may do so at the same place.
+  auto place = reinterpret_cast<uint32_t*>(emulator::machine().add_global(counter, 4, {"increment_global", site}));
   uint32_t before = __atomic_load_n(place, __ATOMIC_RELAXED), after;
   do {
-    float sum;
-    memcpy(&sum, &before, 4);
-    sum += value;
-    memcpy(&after, &sum, 4);
+    after = before >= last ? 0 : before + 1;
   } while (!__atomic_compare_exchange_n(place, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  return before;
 }
 
 inline int opaque(int x) { return x; }
+inline void settle(float&) {}
+
+inline int bits_of(float x) {
+  int bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+inline int max_of_3(int a, int b, int c) { return std::max(std::max(a, b), c); }
 
 inline float multiply(float a, float b) {
   volatile float product = a * b;  // not fused with what follows
   return product;
 }
+
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 inline float exp2_approximate(float x) {
   const float y = std::exp2(x);

@@ -1,0 +1,68 @@
+// The Hopper family as the rest of the library sees it: sm_90, and nothing else.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "launch.h"
+#include "problem.h"
+#include "sm90/tiles.h"
+
+namespace jfa::sm90 {
+
+// Whether this build has the family.
+#ifdef JFA_SM90
+constexpr bool kBuilt = true;
+#else
+constexpr bool kBuilt = false;
+#endif
+
+// `counter`: scratch, one number.
+template <int kHeadDim>
+Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, cudaStream_t stream);
+
+// Calls f(Type<ForwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
+template <int kHeadDim, class F>
+auto with_forward_tile(const Problem& p, F&& f) {
+  const auto with_value_dim = [&](auto value_dim) {
+    using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
+    switch (forward_kind(p)) {
+      case ForwardKind::kGeneral:
+        return f(Type<typename Tiles::General>{}, std::true_type{});
+      case ForwardKind::kShort:
+        return f(Type<typename Tiles::Short>{}, std::false_type{});
+      case ForwardKind::kLong:
+        return f(Type<typename Tiles::Long>{}, std::false_type{});
+      case ForwardKind::kDense:
+        break;
+    }
+    return f(Type<typename Tiles::Dense>{}, std::false_type{});
+  };
+  if constexpr (kHeadDim == 192) {
+    if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});
+  }
+  return with_value_dim(std::integral_constant<int, kHeadDim>{});
+}
+
+// Everything of a plan but what depends on the device.
+template <int kHeadDim>
+void plan_forward(const Problem& p, Plan& plan) {
+  with_forward_tile<kHeadDim>(p, [&](auto tile, auto) {
+    using Tile = typename decltype(tile)::type;
+    plan.head_dim = Tile::kHeadDim;
+    plan.q_tile = Tile::kQ;
+    plan.k_tile = Tile::kK;
+    plan.warps = Tile::kThreads / 32;
+    plan.shared_memory_bytes = Tile::kSharedBytes;
+    const WorkOrder order = work_order(p, Tile::kClusterQ);
+    plan.schedule =
+        std::to_string(order.items) + " items, " +
+        (order.drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads) + " heads"
+                     : std::string("dealt out in turn")) +
+        ", over persistent blocks; " + std::to_string(Tile::kSlots) + " key and value tiles in flight" +
+        (Tile::kQueryInRegisters ? ", queries in registers" : "") + (Tile::kStoreByTma ? ", stores by TMA" : "");
+  });
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,382 @@
+// Forward, Hopper family:  O = softmax(scale Q K^T + bias, masked) V  and its log-sum-exp.
+//
+// Persistent blocks. Warp 0 loads by TMA, and numbers the work; the warpgroups that compute own 64 query rows each.
+// K and V tiles share one ring, in the order of use: K0 K1 V0 K2 V1 ... K(n-1) V(n-2) V(n-1), then the next item's.
+// A computing warpgroup issues S(t+1) = Q K' before O += P(t) V, and computes the softmax of t+1 under the latter. The
+// warpgroups take turns at issuing, so that one's softmax runs under the other's products. Between two items the last
+// product of the old and the first of the new run one after the other, and the old one's epilogue under them.
+#pragma once
+
+#include "common/scores.cuh"
+#include "common/softmax.cuh"
+#include "sm90/forward_store.cuh"
+#include "sm90/forward_work.cuh"
+
+namespace jfa::sm90 {
+
+// The role of the warp that loads.
+template <class Shape>
+__device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
+  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+  using KeyTile = Tile<Shape::kK, Shape::kHeadDim>;
+  using ValueTile = Tile<Shape::kK, Shape::kValueDim>;
+  const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
+  const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(&smem.landed);
+  const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
+  RingPosition<Shape::kSlots> at(1);
+  uint32_t q_parity = 1, landed_parity = 0;
+  unsigned published = 0;
+
+  const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
+  const int cluster = block_index() / Shape::kCluster;
+  const int clusters = grid_blocks() / Shape::kCluster;
+
+  // A tile of keys or values: in a cluster this block loads its share of the chunks, into both blocks.
+  const auto load_shared = [&](auto type, const TensorMap& map, uint32_t to, uint32_t mbarrier, int row, int head,
+                               int batch) {
+    using Tile = typename decltype(type)::type;
+    constexpr int kShare = Tile::kChunks / Shape::kCluster;
+    if (!elect_one()) return;
+    mbarrier_arrive_expect(mbarrier, Tile::kBytes);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const int c = rank * kShare + i;
+      if constexpr (Shape::kCluster > 1) {
+        tma_load_multicast(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch, 0b11);
+      } else {
+        tma_load(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch);
+      }
+    }
+  };
+  const auto load_query = [&](const ForwardItem& item) {
+    if (!elect_one()) return;
+    mbarrier_arrive_expect(q_full, QueryTile::kBytes);
+#pragma unroll
+    for (int c = 0; c < QueryTile::kChunks; ++c) {
+      tma_load(shared_address(smem.q.bytes) + c * QueryTile::kChunkBytes, a.q, q_full, c * kChunkCols, item.first_row,
+               item.head, item.batch);
+    }
+  };
+  const auto load_keys = [&](int j, int head, int batch) {
+    mbarrier_wait(free + 8 * at.slot, at.parity);
+    load_shared(Type<KeyTile>{}, a.k, ring + at.slot * Shape::kSlotBytes, full + 8 * at.slot, j, head, batch);
+    at.advance();
+  };
+  // Rows that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN.
+  const auto load_values = [&](int j, const Interval& keys, int head, int batch) {
+    mbarrier_wait(free + 8 * at.slot, at.parity);
+    const uint32_t to = ring + at.slot * Shape::kSlotBytes;
+    if (keys.end >= min(j + Shape::kK, a.p.shape.k_len)) {  // past the tensor TMA writes zeros
+      load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, batch);
+    } else {
+      load_shared(Type<ValueTile>{}, a.v, to, landed, j, head, batch);
+      mbarrier_wait(landed, landed_parity);
+      landed_parity ^= 1;
+#pragma unroll 1
+      for (int row = keys.end - j; row < Shape::kK; ++row) {
+        for (int chunk = lane_index(); chunk < ValueTile::kChunks * 8; chunk += kWarpThreads) {
+          store_shared_128(to + ValueTile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
+        }
+      }
+      fence_async_shared();
+      arrive_for_warp(full + 8 * at.slot);
+    }
+    at.advance();
+  };
+
+  // The number of the item after this one. In a cluster the first block draws for both, and sends it on.
+  const auto draw = [&] {
+    // items - 1 is drawn last, and leaves the counter at 0: each worker draws once for each of its items.
+    return clusters + int(increment_global(a.counter, a.order.items - 1));
+  };
+  const auto send = [&](int drawn) {
+    const int mailbox = published % kItems;
+    store_remote_32(shared_address(&smem.drawn[mailbox]), drawn, shared_address(&smem.drawn_ready[mailbox]), 1);
+  };
+  const auto receive = [&] {
+    const int mailbox = published % kItems;
+    const uint32_t ready = shared_address(&smem.drawn_ready[mailbox]);
+    if (elect_one()) mbarrier_arrive_expect(ready, 4);
+    mbarrier_wait(ready, published / kItems % 2);
+    return int(load_shared_32(shared_address(&smem.drawn[mailbox])));
+  };
+
+  int number = cluster;
+  Interval keys{};
+  ForwardItem item{};
+  if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+#pragma unroll 1
+  while (number < a.order.items) {
+    int drawn = 0;
+    if (a.order.drawn && rank == 0 && lane_index() == 0) drawn = draw();
+    const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
+    mbarrier_wait(q_free, q_parity);
+    q_parity ^= 1;
+    if (lane_index() == 0) {
+      store_item(item_address(smem, published), item);
+      mbarrier_arrive(item_ready);
+    }
+    warp_barrier();
+    load_query(item);
+    load_keys(item.first_key, kv_head, item.batch);
+    if (Shape::kCluster > 1 && a.order.drawn && rank == 0 && lane_index() == 0) send(drawn);
+    int j = item.first_key;
+#pragma unroll 1
+    for (int t = 1; t < item.key_tiles; ++t, j += Shape::kK) {
+      load_keys(j + Shape::kK, kv_head, item.batch);
+      load_values(j, keys, kv_head, item.batch);
+    }
+    // The next item is worked out before the last load, which has to wait for its place anyway.
+    number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive();
+    const Interval last_keys = keys;
+    const int last_batch = item.batch;
+    if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+    load_values(j, last_keys, kv_head, last_batch);
+    ++published;
+  }
+  mbarrier_wait(q_free, q_parity);
+  if (lane_index() == 0) {
+    store_item(item_address(smem, published), ForwardItem{-1, 0, 0, 0, 0, 0, 0});
+    mbarrier_arrive(item_ready);
+  }
+}
+
+// S = Q K^T of one warpgroup and one tile of keys: the products are issued, not waited for.
+template <class Element, class Shape>
+__device__ __forceinline__ void issue_scores(Fragment<2, Shape::kK / 4>& s, uint32_t q,
+                                             const uint32_t (*q_registers)[4], uint32_t k) {
+  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+  using KeyTile = Tile<Shape::kK, Shape::kHeadDim>;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
+    const uint64_t keys = descriptor_at(k, step / 4 * KeyTile::kChunkBytes + step % 4 * 32);
+    if constexpr (Shape::kQueryInRegisters) {
+      Wgmma<Shape::kK>::template rs<Element, false>(s.v, q_registers[step], keys, step != 0);
+    } else {
+      const uint64_t queries = descriptor_at(q, step / 4 * QueryTile::kChunkBytes + step % 4 * 32);
+      Wgmma<Shape::kK>::template ss<Element, false, false>(s.v, queries, keys, step != 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// O += P V
+template <class Element, class Shape>
+__device__ __forceinline__ void issue_output(Fragment<2, Shape::kValueDim / 4>& o, const uint32_t (*p)[4], uint32_t v,
+                                             bool accumulate) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Shape::kK / 16; ++step) {
+    Wgmma<Shape::kValueDim>::template rs<Element, true>(o.v, p[step], descriptor_at(v, step * 16 * kRowBytes),
+                                                        step != 0 || accumulate);
+  }
+  wgmma_commit();
+}
+
+// The role of a warpgroup that computes.
+template <class Element, class Shape, bool kGeneral>
+__device__ __forceinline__ void compute_forward(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
+  constexpr int kScoreCols = Shape::kK / 4;
+  constexpr int kSlot = Shape::kSlotBytes / 16;  // in a descriptor's units
+  const int warpgroup = warp_index() / 4 - 1;
+  const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
+  const uint32_t full = shared_address(smem.full), free = shared_address(smem.free);
+  const uint32_t q = descriptor(shared_address(smem.q.bytes) + warpgroup * kWarpgroupRows * kRowBytes);
+  const uint32_t k = descriptor(shared_address(smem.ring));
+  const uint32_t v = descriptor(shared_address(smem.ring), Tile<Shape::kK, Shape::kValueDim>::kChunkBytes);
+
+  RingPosition<Shape::kSlots> at(0);
+  unsigned taken = 0;   // items
+  int j = 0, end = 0;   // first key of the current tile, and of the one after the last
+  Interval unmasked{};  // keys that all rows of this warp see
+  uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
+  uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
+  Fragment<2, Shape::kValueDim / 4> o;
+  LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
+  o.clear();
+
+  // Waits for the next item; false: there is none.
+  const auto take_item = [&] {
+    mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
+    const ForwardItem item = load_item(item_address(smem, taken));
+    if (item.first_row < 0) return false;
+    j = broadcast(item.first_key);
+    end = broadcast(item.first_key + item.key_tiles * Shape::kK);
+    return true;
+  };
+  // What the softmax of the item that was taken last begins with.
+  const auto begin_rows = [&] {
+    const ForwardItem item = load_item(item_address(smem, taken - 1));
+    const int row = item.first_row + (warp_index() - 4) * 16;
+    unmasked = Sequence(a.p.visibility, item.q_len, item.k_len).keys_of_all_rows(row, row + 16);
+    softmax.start_row_sums();
+  };
+  const auto take_query = [&] {
+    mbarrier_wait(q_full, taken % 2);
+    ++taken;
+    if constexpr (Shape::kQueryInRegisters) {
+      using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+      const int row = (warp_index() - 4) * 16 + lane_index() % 16;
+#pragma unroll
+      for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
+        load_matrix_x4(q_registers[step],
+                       shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
+      }
+      arrive_for_warp(q_free);
+    }
+  };
+  // After the products of the last tile of keys.
+  const auto release_query = [&] {
+    if (!Shape::kQueryInRegisters && j + Shape::kK == end) arrive_for_warp(q_free);
+  };
+  const auto wait_full = [&] {
+    mbarrier_wait(full + 8 * at.slot, at.parity);
+    const int slot = at.slot;
+    at.advance();
+    return slot;
+  };
+  // wgmma reads for the whole warpgroup, and so does its wait. In a cluster a place is free when it is in both blocks.
+  const auto release = [&](int slot) {
+    if (thread_index() % kWarpgroupThreads != 0) return;
+    if constexpr (Shape::kCluster > 1) {
+      mbarrier_arrive_remote(free + 8 * slot, 0);
+      mbarrier_arrive_remote(free + 8 * slot, 1);
+    } else {
+      mbarrier_arrive(free + 8 * slot);
+    }
+  };
+  // Turns at issuing: barrier 1 + w is for warpgroup w, which waits, and the one before it, which arrives.
+  const auto await_turn = [&] { named_barrier_sync(1 + warpgroup, 2 * kWarpgroupThreads); };
+  const auto pass_turn = [&] {
+    named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
+  };
+  // Scores of the current tile of keys to probabilities. True: O is to be multiplied by `correction`.
+  const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, float (&correction)[2]) {
+    s.settle_all();  // or the compiler looks at the scores before their product has been waited for, and serialises it
+    if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
+      const ForwardItem item = load_item(item_address(smem, taken - 1));
+      const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
+      rule.apply(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
+                 Sequence(a.p.visibility, item.q_len, item.k_len));
+    }
+    return softmax.update(s, correction);
+  };
+  const auto pack_probabilities = [&](const Fragment<2, kScoreCols>& s) {
+#pragma unroll
+    for (int step = 0; step < Shape::kK / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 4 * step + i / 2 * 2;
+        p[step][i] = pack<Element>(s.v[i % 2][c], s.v[i % 2][c + 1]);
+      }
+    }
+  };
+
+  if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
+  bool more = take_item();
+  if (more) {
+    Fragment<2, kScoreCols> s;
+    float correction[2];
+    take_query();
+    const int k_slot = wait_full();
+    issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+    wgmma_wait<0>();
+    release(k_slot);
+    release_query();
+    begin_rows();
+    to_probabilities(s, correction);
+    pack_probabilities(s);
+  }
+#pragma unroll 1
+  while (more) {
+    bool accumulate = false;
+#pragma unroll 1
+    for (j += Shape::kK; j < end; j += Shape::kK) {
+      Fragment<2, kScoreCols> s;
+      float correction[2];
+      const int k_slot = wait_full();
+      await_turn();
+      issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+      const int v_slot = wait_full();
+      issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
+      accumulate = true;
+      pass_turn();
+      wgmma_wait<1>();
+      release(k_slot);
+      release_query();
+      const bool moved = to_probabilities(s, correction);
+      wgmma_wait<0>();
+      release(v_slot);
+      pack_probabilities(s);
+      if (moved) {
+        o.scale_row(0, correction[0]);
+        o.scale_row(1, correction[1]);
+      }
+    }
+
+    const uint32_t done = item_address(smem, taken - 1);
+    more = take_item();
+    if (Shape::kQueryInRegisters && more) take_query();
+    const int v_slot = wait_full();
+    await_turn();
+    if (!more) {
+      issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
+      pass_turn();
+      wgmma_wait<0>();
+      release(v_slot);
+      store_output<Element, Shape>(a, smem, load_item(done), softmax, o);
+    } else {
+      Fragment<2, kScoreCols> s;
+      float correction[2];
+      issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
+      if constexpr (!Shape::kQueryInRegisters) take_query();
+      const int k_slot = wait_full();
+      issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+      pass_turn();
+      wgmma_wait<1>();
+      release(v_slot);
+      store_output<Element, Shape>(a, smem, load_item(done), softmax, o);
+      wgmma_wait<0>();
+      release(k_slot);
+      release_query();
+      begin_rows();
+      to_probabilities(s, correction);
+      pack_probabilities(s);
+    }
+  }
+  if (Shape::kStoreByTma && lane_index() == 0) tma_store_wait();
+}
+
+template <class Element, class Shape, bool kGeneral>
+__global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_constant__ ForwardArguments a) {
+  using Smem = ForwardSmem<Shape>;
+  Smem& smem = shared_memory<Smem>();
+  if (thread_index() == 0) {
+    mbarrier_init(shared_address(&smem.item_ready), 1);
+    mbarrier_init(shared_address(&smem.q_full), 1);
+    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * 4);
+    mbarrier_init(shared_address(&smem.landed), 1);
+    for (int slot = 0; slot < Shape::kSlots; ++slot) {
+      mbarrier_init(shared_address(&smem.full[slot]), 1);
+      mbarrier_init(shared_address(&smem.free[slot]), Shape::kCluster * Shape::kWarpgroups);
+    }
+    for (int i = 0; i < kItems; ++i) mbarrier_init(shared_address(&smem.drawn_ready[i]), 1);
+    mbarrier_init_fence();
+  }
+  if constexpr (Shape::kCluster > 1) {
+    cluster_barrier();
+  } else {
+    barrier();
+  }
+  if (warp_index() < 4) {
+    shrink_registers<Shape::kLoadRegisters>();
+    if (warp_index() == 0) load_forward<Shape>(a, smem);
+  } else {
+    grow_registers<Shape::kComputeRegisters>();
+    compute_forward<Element, Shape, kGeneral>(a, smem);
+  }
+  if constexpr (Shape::kCluster > 1) cluster_barrier();  // the other block may still write here
+}
+
+}  // namespace jfa::sm90

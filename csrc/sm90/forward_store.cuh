@@ -1,0 +1,103 @@
+// The epilogue of the Hopper forward: one warp's 16 finished rows.
+#pragma once
+
+#include "common/schedule.cuh"
+#include "common/softmax.cuh"
+#include "sm90/forward_work.cuh"
+
+namespace jfa::sm90 {
+
+// Four lanes hold a 4 x 4 matrix, a row each; afterwards a column each.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {  // exchange off-diagonal elements of pairs, then of pairs of pairs
+    const bool upper = (lane & step) == 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = step == 1 ? 2 * i : i;
+      const uint32_t received = shuffle_xor(upper ? x[n + step] : x[n], step);
+      x[n] = upper ? x[n] : received;
+      x[n + step] = upper ? received : x[n + step];
+    }
+  }
+}
+
+// Writes one warp's 16 finished rows. lse is written for rows inside the tensor, with -inf for those past q_len.
+template <class Element, class Shape>
+__device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem,
+                                             const ForwardItem& item, const LaggingSoftmax<2>& softmax,
+                                             Fragment<2, Shape::kValueDim / 4>& o) {
+  const Problem& p = a.p;
+  const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
+  const int warp_row = item.first_row + warp * kOutputRows;
+  const Position<> at(warp_row, 0);
+  float inverse[2], lse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) inverse[r] = softmax.finish(r, lse[r]);
+  if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (at.row(r) < item.q_len) continue;
+      inverse[r] = 0.0f;
+#pragma unroll
+      for (int c = 0; c < Shape::kValueDim / 4; ++c) o.v[r][c] = 0.0f;
+    }
+  }
+  if constexpr (Shape::kStoreByTma) {
+    using Output = typename ForwardSmem<Shape>::Output;
+    const uint32_t to = shared_address(smem.o.warp) + warp * Output::kBytes;
+    if (lane_index() == 0) tma_store_wait_read();  // of the previous item
+    warp_barrier();
+#pragma unroll
+    for (int block = 0; block < Shape::kValueDim / 16; ++block) {
+      uint32_t rows[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 4 * block + i / 2 * 2;
+        rows[i] = pack<Element>(o.v[i % 2][c] * inverse[i % 2], o.v[i % 2][c + 1] * inverse[i % 2]);
+      }
+      store_matrix_x4(to + Output::offset_bytes(lane_index() % 16, 2 * block + lane_index() / 16), rows);
+    }
+    fence_async_shared();
+    warp_barrier();
+    if (lane_index() == 0) {
+#pragma unroll
+      for (int c = 0; c < Output::kChunks; ++c) {
+        tma_store(a.o, to + c * Output::kChunkBytes, c * kChunkCols, warp_row, item.head, item.batch);
+      }
+      tma_store_commit();
+    }
+  } else {
+    // A quad of lanes holds 32 columns of a row in pieces of 2; it turns them into pieces of 8, 16 bytes a lane.
+    const int quad = lane_index() % 4;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = opaque(at.row(r));
+      uint16_t* row = head_of(p.o, item.batch, item.head) + i * p.o.row_stride;
+#pragma unroll
+      for (int block = 0; block < Shape::kValueDim / 32; ++block) {
+        uint32_t x[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int c = 8 * block + 2 * n;
+          x[n] = pack<Element>(o.v[r][c] * inverse[r], o.v[r][c + 1] * inverse[r]);
+        }
+        transpose_quad(x, quad);
+        const int col = 32 * block + 8 * quad;
+        if (i < p.shape.q_len && col < p.shape.value_dim) {
+          store_global_128(row + col, uint4{x[0], x[1], x[2], x[3]});
+        }
+      }
+    }
+  }
+  // Last, because the fence above waits for all stores before it.
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = at.row(r);
+    if (lane_index() % 4 != 0 || i >= p.shape.q_len) continue;
+    const int64_t row = (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len + i;
+    store_global(p.lse + row, i < item.q_len ? lse[r] : minus_infinity());
+  }
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,96 @@
+// What the roles of the Hopper forward share: the arguments, the picture of shared memory, and the items of work.
+#pragma once
+
+#include <type_traits>
+
+#include "common/sequence.cuh"
+#include "dispatch.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/shared_matrix.cuh"
+#include "sm90/tiles.h"
+
+namespace jfa::sm90 {
+
+constexpr int kOutputRows = 16;  // of a warp: it stores them by itself
+
+struct ForwardArguments {
+  TensorMap q, k, v, o;
+  Problem p;
+  WorkOrder order;
+  uint32_t* counter;  // of items drawn; 0 before and after
+};
+
+// One item as the roles see it: computed once, by the warp that loads.
+struct ForwardItem {
+  int first_row;  // of the query tile; negative: there is no more work
+  int head, batch;
+  int q_len, k_len;
+  int first_key, key_tiles;  // at least one tile, so that every row gets its zeros
+};
+// Published items stay readable while the next two are: the epilogue of one runs when its successor has been taken.
+constexpr int kItems = 4;
+constexpr int kItemBytes = 32;
+
+template <class Shape>
+struct ForwardSmem {
+  struct Empty {};
+  using Output = Tile<kOutputRows, Shape::kValueDim>;
+  struct Outputs {
+    Output warp[Shape::kWarpgroups * 4];
+  };
+
+  Tile<Shape::kQ, Shape::kHeadDim> q;
+  alignas(kSwizzleBytes) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
+  std::conditional_t<Shape::kStoreByTma, Outputs, Empty> o;
+  alignas(8) uint64_t item_ready, q_full, q_free;  // q_free: also the item has been read
+  uint64_t full[Shape::kSlots], free[Shape::kSlots];
+  uint64_t landed;               // a tile of V that has to be cleaned before it is full
+  uint64_t drawn_ready[kItems];  // in the second block of a cluster: the number that the first has drawn for both
+  uint32_t drawn[kItems];
+  alignas(kItemBytes) unsigned char items[kItems][kItemBytes];
+};
+
+__device__ __forceinline__ void store_item(uint32_t to, const ForwardItem& item) {
+  const int words[] = {item.first_row, item.head, item.batch, item.q_len, item.k_len, item.first_key, item.key_tiles};
+#pragma unroll
+  for (int i = 0; i < 7; ++i) store_shared_32(to + 4 * i, words[i]);
+}
+__device__ __forceinline__ ForwardItem load_item(uint32_t from) {
+  int words[7];
+#pragma unroll
+  for (int i = 0; i < 7; ++i) words[i] = load_shared_32(from + 4 * i);
+  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6]};
+}
+template <class Shape>
+__device__ __forceinline__ uint32_t item_address(const ForwardSmem<Shape>& smem, unsigned count) {
+  return shared_address(smem.items) + count % kItems * kItemBytes;
+}
+
+// The item with that number, as block `rank` of a cluster works on it: sections of heads, in each of them the last
+// query tiles of all heads first. `keys` are those that the rows of the whole cluster see.
+template <class Shape>
+__device__ __forceinline__ ForwardItem forward_item(const ForwardArguments& a, int number, int rank, Interval& keys) {
+  const WorkOrder& order = a.order;
+  const int section = number / (order.section_heads * order.q_tiles);
+  const int first_head = section * order.section_heads;
+  const int rest = number - first_head * order.q_tiles;
+  const int heads = min(order.section_heads, a.p.shape.heads * a.p.shape.batch - first_head);
+  const int tile = order.q_tiles - 1 - rest / heads;
+  const int head = first_head + rest % heads;
+  ForwardItem item;
+  item.batch = head / a.p.shape.heads;
+  item.head = head % a.p.shape.heads;
+  const int cluster_row = tile * Shape::kClusterQ;
+  item.first_row = cluster_row + rank * Shape::kQ;
+  const Sequence sequence(a.p, item.batch);
+  item.q_len = sequence.q_len;
+  item.k_len = sequence.k_len;
+  keys = sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ);
+  const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
+  if (keys.empty()) keys = {outside, outside};
+  item.first_key = keys.begin;
+  item.key_tiles = max(1, ceil_div(keys.end - keys.begin, Shape::kK));
+  return item;
+}
+
+}  // namespace jfa::sm90

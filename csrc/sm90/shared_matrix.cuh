@@ -1,0 +1,47 @@
+// Matrices of 16-bit elements in shared memory as wgmma reads them and TMA writes them.
+//
+// A tile is cut into chunks of 64 columns; a chunk is kRows rows of 128 bytes, one TMA box, with the 128-byte swizzle:
+// 16 bytes at column c of row r lie in place (c / 8) ^ (r % 8) of their row. A descriptor (PTX ISA 9.0, 9.7.15.5.1)
+// names the swizzle, where the matrix starts, the stride of groups of 8 rows and that of chunks.
+#pragma once
+
+#include "common/device.cuh"
+#include "common/math.cuh"
+
+namespace jfa::sm90 {
+
+constexpr int kChunkCols = 64;
+constexpr int kRowBytes = 128;
+constexpr int kSwizzleBytes = 8 * kRowBytes;  // the pattern repeats; tiles start at multiples of it
+
+template <int kRows_, int kCols_>
+struct Tile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kChunks = (kCols + kChunkCols - 1) / kChunkCols;
+  static constexpr int kChunkBytes = kRows * kRowBytes;
+  static constexpr int kBytes = kChunks * kChunkBytes;
+  static_assert(kRows % 8 == 0 && kCols % 16 == 0, "tiles have whole groups of 8 rows and whole steps of wgmma");
+
+  alignas(kSwizzleBytes) unsigned char bytes[kBytes];
+
+  // Of the 16 bytes that hold columns 8 chunk16 to 8 chunk16 + 7 of a row.
+  __device__ __forceinline__ static uint32_t offset_bytes(int row, int chunk16) {
+    return chunk16 / 8 * kChunkBytes + row * kRowBytes + (chunk16 % 8 ^ row % 8) * 16;
+  }
+};
+
+// A descriptor is this low word and a constant high one. It is the same in all lanes, and known to be so: the compiler
+// then keeps it in a uniform register, to which the constants of each step are added.
+// `chunk_stride_bytes` matters only where a product's N (or M) spans chunks. In a cluster the upper bits of an address
+// hold the block's rank: unmasked, they would run into the stride.
+__device__ __forceinline__ uint32_t descriptor(uint32_t address, int chunk_stride_bytes = 16) {
+  return broadcast(uint32_t(chunk_stride_bytes) / 16 << 16 | (address & 0x3ffff) >> 4);
+}
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t low, int offset_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  constexpr uint64_t kGroupStride = uint64_t(kSwizzleBytes / 16) << 32;
+  return kSwizzle128 | kGroupStride | (low + offset_bytes / 16);
+}
+
+}  // namespace jfa::sm90

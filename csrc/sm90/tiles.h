@@ -1,0 +1,162 @@
+// The shapes the Hopper family's kernels are compiled in, and the one function that chooses among them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "problem.h"
+
+namespace jfa::sm90 {
+
+constexpr int kSharedMemoryLimit = 227 * 1024;
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupRows = 64;  // M of wgmma
+
+// A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Tiles of kK keys and of their
+// values share a ring of kSlots places. Q in registers frees its place in shared memory for the next query tile.
+//
+// The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
+// values into both, which halves what the multiprocessors read from the L2.
+template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
+          int kCluster_ = 1>
+struct ForwardTile {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kQ = kWarpgroups * kWarpgroupRows;
+  static constexpr int kK = kK_;
+  static constexpr int kSlots = kSlots_;
+  static constexpr bool kQueryInRegisters = kQueryInRegisters_;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
+  static_assert(kCluster == 1 || (kCluster == 2 && kHeadDim % 128 == 0 && kValueDim % 128 == 0),
+                "a cluster's blocks load whole chunks of 64 columns");
+  static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  // Registers of a thread: as the block starts, an equal share of 65536 in steps of 8, then what the roles need.
+  // Growing beyond the sum of those shares would wait for ever.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kCluster == 2 ? 40 : 24;
+  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : kCluster == 2 ? 232 : 240;
+  static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <= (kWarpgroups + 1) * kStartRegisters,
+                "the warpgroups of a block do not have that many registers together");
+
+  static constexpr int kWideHeadDim = (kHeadDim + 63) / 64 * 64;  // in shared memory, in whole chunks of 64 columns
+  static constexpr int kWideValueDim = (kValueDim + 63) / 64 * 64;
+  static constexpr int kQueryBytes = 2 * kQ * kWideHeadDim;
+  static constexpr int kSlotBytes = 2 * kK * (kWideHeadDim > kWideValueDim ? kWideHeadDim : kWideValueDim);
+  static constexpr int kOutputBytes = 2 * kQ * kWideValueDim;
+  static constexpr int kBarrierBytes = 1024;
+  // Outputs leave by TMA, through a place of their own, where there is room for it.
+  static constexpr bool kStoreByTma =
+      kQueryBytes + kSlots * kSlotBytes + kOutputBytes + kBarrierBytes <= kSharedMemoryLimit;
+  static constexpr int kSharedBytes =
+      kQueryBytes + kSlots * kSlotBytes + (kStoreByTma ? kOutputBytes : 0) + kBarrierBytes;
+};
+
+// For each pair of head dim and value dim: what each kind of call runs. Figures are TFLOP/s on an H200, 16384 tokens x
+// 2048 columns in all, against the next best tile tried.
+template <int kHeadDim, int kValueDim>
+struct ForwardTiles {
+  using Dense = ForwardTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using Long = Dense;
+  using Short = Dense;
+  using General = Dense;
+};
+
+template <>
+struct ForwardTiles<64, 64> {
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;   // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;      // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;    // causal 1k: 330 (3x96: 289)
+  using General = ForwardTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
+};
+template <>
+struct ForwardTiles<96, 96> {
+  using Dense = ForwardTile<96, 96, 3, 96, 4, false>;  // 4k: 578 (2x128: 562)
+  using Long = ForwardTile<96, 96, 2, 128, 4, true>;   // causal 4k: 478 (3x96: 470)
+  using Short = Long;
+  using General = ForwardTile<96, 96, 2, 96, 5, false>;
+};
+template <>
+struct ForwardTiles<128, 128> {
+  using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
+  using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
+  using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
+  using General = ForwardTile<128, 128, 2, 96, 5, false>;
+};
+template <>
+struct ForwardTiles<192, 128> {
+  using Dense = ForwardTile<192, 128, 2, 128, 3, false>;
+  using Long = Dense;
+  using Short = Dense;
+  using General = ForwardTile<192, 128, 2, 64, 6, false>;
+};
+template <>
+struct ForwardTiles<192, 192> {
+  using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 4k: 703 (2x64: 697)
+  using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal 4k: 567 (2x96: 536)
+  using Short = Long;
+  using General = Long;
+};
+template <>
+struct ForwardTiles<256, 256> {
+  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;    // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
+  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;  // causal 4k: 612 (without cluster 594), 16k: 719 (684)
+  using Short = ForwardTile<256, 256, 2, 64, 5, false>;    // causal 1k: 432 (with cluster 425)
+  using General = ForwardTile<256, 256, 2, 32, 6, false>;
+};
+
+enum class ForwardKind { kDense, kLong, kShort, kGeneral };
+
+// All query tiles see all keys.
+inline bool is_dense(const Problem& p) {
+  const Visibility& v = p.visibility;
+  return v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && v.q_lengths == nullptr &&
+         v.k_lengths == nullptr;
+}
+
+// Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays from some
+// length on.
+inline ForwardKind forward_kind(const Problem& p) {
+  if (is_general(p.scores)) return ForwardKind::kGeneral;
+  if (is_dense(p)) return ForwardKind::kDense;
+  return p.shape.k_len <= 2048 ? ForwardKind::kShort : ForwardKind::kLong;
+}
+
+// Items, one (query tile, head, batch entry) each, are numbered longest first within a section of heads whose keys and
+// values stay in the L2 together.
+constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
+
+struct WorkOrder {
+  int q_tiles = 0;
+  int items = 0;
+  int section_heads = 1;  // counted over heads and batch
+  bool drawn = false;     // from a counter, by whichever block is free; otherwise dealt out in turn
+};
+
+// `q_tile`: rows of an item.
+inline WorkOrder work_order(const Problem& p, int q_tile) {
+  WorkOrder order;
+  const int64_t heads = int64_t(p.shape.heads) * p.shape.batch;
+  order.q_tiles = (p.shape.q_len + q_tile - 1) / q_tile;
+  order.items = static_cast<int>(order.q_tiles * heads);
+  if (is_dense(p)) {
+    // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
+    // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
+    order.drawn = p.shape.k_len <= 4096 || q_tile % 128 != 0;
+    return order;
+  }
+  order.drawn = true;
+  // 32 MB of the 50 MB of L2 are left for keys and values: all heads at once cost 3 to 10 % at d 128 and 256. Fewer
+  // than four heads leave too few items of each length to balance (5 % at d 256, 16384 keys).
+  constexpr int64_t kSectionBytes = 32 << 20;
+  constexpr int64_t kLeastHeads = 4;
+  const int64_t kv_bytes = int64_t(p.shape.k_len) * (p.shape.head_dim + p.shape.value_dim) * 2;
+  const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / p.shape.kv_heads) : heads;
+  const int64_t section = fit > kLeastHeads ? fit : kLeastHeads;
+  order.section_heads = static_cast<int>(section < heads ? section : heads);
+  return order;
+}
+
+}  // namespace jfa::sm90
