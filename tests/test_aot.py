@@ -200,6 +200,47 @@ def test_what_is_not_captured_is_seen(compile_h200):
     assert captured(compiled) == [False, False]
 
 
+# ---- layout -------------------------------------------------------------------------------------
+
+
+def heads_first(query, key, value, d_out):
+    """Forward and backward of [B, N, T, H] arrays, from and to which XLA transposes."""
+
+    def call(*arrays):
+        return attention(*(x.swapaxes(1, 2) for x in arrays)).swapaxes(1, 2)
+
+    out, pullback = jax.vjp(call, query, key, value)
+    return out, pullback(d_out)
+
+
+def packed(qkv):
+    return attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+
+
+def sliced(*arrays):
+    return attention(*(x[:, :LENGTH] for x in arrays))
+
+
+LONGER = Operand((BATCH, LENGTH + 32, 4, HEAD_DIM))
+HEADS_FIRST = Operand((BATCH, 4, LENGTH, HEAD_DIM))
+COPIES = {  # the function, its operands, how many arrays XLA copies at most
+    "row-major": (forward_and_backward, [operands()[0]] * 4, 0),
+    "packed": (packed, [Operand((BATCH, LENGTH, 3, 4, HEAD_DIM))], 3),
+    "sliced": (sliced, [LONGER] * 3, 3),
+    "heads first": (heads_first, [HEADS_FIRST] * 4, 8),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_operands(compile_h200, name):
+    """Each view of an operand or result costs one copy; row-major arrays none, in both passes."""
+    function, arrays, most = COPIES[name]
+    kinds = [thunk.kind for thunk in compile_h200(function, arrays).thunks()]
+    copies = [kind for kind in kinds if kind not in (GRAPH, "kCustomCall")]
+    assert bool(copies) == bool(most)
+    assert len(copies) <= most
+
+
 # ---- sharding -----------------------------------------------------------------------------------
 
 FOUR = {"x": 4}

@@ -116,6 +116,19 @@ def test_entries_do_not_mix(run, axis):
             assert np.isnan(np.float32(dirty_last)).all()
 
 
+def test_any_lengths_are_clamped(run):
+    """Whatever int32 they hold, to [0, T] and [0, S]: no length makes a kernel read elsewhere."""
+    call = Call("m-any", 70, 90, batch=4, heads=2, kv_heads=1, options={"is_causal": True} | BOTTOM)
+    rng, limits = np.random.default_rng(0), (70, 90)
+    for _ in range(8):
+        given = rng.integers(-(2**31), 2**31, (2, 4)).astype(np.int32)
+        given[:, 0] = rng.integers(0, 71, 2)  # one entry has keys and rows
+        given[:, 1] = rng.permutation([2**31 - 1, -(2**31)])
+        clamped = [np.clip(x, 0, limit) for x, limit in zip(given, limits, strict=True)]
+        calls = [call.on(**dict(zip(LENGTHS, x, strict=True))) for x in (given, clamped)]
+        assert_same_bits(parts(run(calls[0])), parts(run(calls[1])))
+
+
 # Batches, heads and pieces -----------------------------------------------------------------------
 
 RAGGED = Call("m-batch", 70, 90, batch=3, heads=4, kv_heads=2, options={"is_causal": True} | BOTTOM)

@@ -71,6 +71,8 @@ MUTANTS = {  # a wrong way, the test that must notice, its other arguments
     "heads share keys": (
         rearranged(KEYS, lambda x, call: x[:, :, [0] * x.shape[2]]),
         relations.test_entries_do_not_mix, "heads"),
+    "lengths wrap": (
+        rearranged(LENGTHS, lambda x, call: x % 128), relations.test_any_lengths_are_clamped),
     "one length for all": (
         rearranged(LENGTHS, lambda x, call: x[[0] * len(x)]), any_batch, [2, 0, 1]),
     "depends on the batch size": (

@@ -263,6 +263,43 @@ def test_export_round_trip(serialised):
     assert_same_bits(exported.call(query, key, value), call(query, key, value))
 
 
+def test_an_exported_program_takes_its_shapes_only():
+    query, key, value = _inputs()
+    exported = jax.export.export(jax.jit(attention))(query, key, value)
+    with pytest.raises(ValueError, match="Shape mismatch"):
+        exported.call(query[:, :-1], key, value)
+    with pytest.raises(ValueError, match="Dtype mismatch"):
+        exported.call(*(x.astype(jnp.bfloat16) for x in (query, key, value)))
+    assert_same_bits(exported.call(query, key, value), jax.jit(attention)(query, key, value))
+
+
+@pytest.mark.gpu
+def test_export_of_the_kernels():
+    """Through bytes, as another process would get it."""
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with flatbuffers")
+    arrays = CASES["gqa-6-3-causal"].arrays("bfloat16")
+    arrays = [arrays[name] for name in ("query", "key", "value")]
+    call = jax.jit(lambda *a: attention(*a, is_causal=True, implementation="cuda"))
+    exported = jax.export.export(call, disabled_checks=export_disabled_checks())(*arrays)
+    exported = jax.export.deserialize(exported.serialize())
+    assert_same_bits(exported.call(*arrays), call(*arrays))
+
+
+@pytest.mark.parametrize("transform", [
+    lambda f: lambda x: jax.jvp(f, (x,), (x,)), jax.jacfwd, lambda f: jax.grad(jax.grad(f)),
+    jax.hessian, lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,)),
+], ids=["jvp", "jacfwd", "grad of grad", "hessian", "forward over reverse"])  # fmt: skip
+def test_forward_mode_and_second_order_say_that_they_are_not_there(transform):
+    """An error, never a wrong derivative."""
+    query, key, value = _inputs()
+
+    def total(x):
+        return attention(x * query, key, value).sum()
+
+    with pytest.raises((TypeError, NotImplementedError), match=r"custom_vjp|second order"):
+        transform(total)(jnp.float32(1))
+
+
 def _half_gradient(*arrays):
     return jax.grad(lambda *a: attention(*a).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)
 

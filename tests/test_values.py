@@ -10,6 +10,7 @@ from compare import assert_same_bits
 from jax_flashattn import attention
 
 BATCH, LENGTH, HEADS, DIM = 2, 130, 2, 32
+both_types = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
 
 @pytest.fixture(params=["xla", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -60,11 +61,12 @@ def test_nan_key_reaches_only_rows_that_see_it(call):
     assert_same_bits(out, clean)
 
 
+@both_types
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_padding_never_reaches_anything(call, poison):
+def test_padding_never_reaches_anything(call, poison, dtype):
     """Keys and values past key_value_seq_lengths, query rows past query_seq_lengths."""
-    query, key, value = _inputs()
-    d_out = _inputs(seed=1)[0]
+    query, key, value = _inputs(dtype)
+    d_out = _inputs(dtype, seed=1)[0]
     lengths = {
         "query_seq_lengths": np.int32([90, 13]),
         "key_value_seq_lengths": np.int32([65, 128]),
@@ -106,9 +108,11 @@ def test_bias_of_minus_infinity_masks(call):
     assert_same_bits(ours[:3], call.gradients(d_out, query, key, value, None, mask)[:3])
 
 
-@pytest.mark.parametrize(("dtype", "large"), [("float16", 65504.0), ("bfloat16", 133120.0)])
+@pytest.mark.parametrize(
+    ("dtype", "large"), [("float16", 65504.0), ("bfloat16", 65536.0), ("bfloat16", 133120.0)]
+)
 def test_large_values_do_not_overflow(call, dtype, large):
-    """Scores of up to 5e11 in float32; equal keys weigh equally."""
+    """Scores of up to 1e11, in float32; equal keys weigh equally."""
     shape = (1, 70, 1, 32)
     query = key = np.full(shape, large, jnp.dtype(dtype))
     value = _inputs(dtype)[2][:1, :70, :1]
@@ -116,6 +120,73 @@ def test_large_values_do_not_overflow(call, dtype, large):
     mean = value.astype(np.float32).mean(axis=1, keepdims=True)
     np.testing.assert_allclose(out.astype(np.float32), np.broadcast_to(mean, shape), atol=2e-2)
     np.testing.assert_allclose(lse, large**2 * np.sqrt(32) + np.log(70), rtol=1e-5)
+
+
+@both_types
+def test_gradients_of_large_values(call, dtype):
+    """One key outweighs all others by thousands: a probability of 1, whose d_score is 0."""
+    query, _, value = (x[:, :70] for x in _inputs(dtype))
+    d_out = _inputs(dtype, seed=1)[0][:, :70]
+    query[...], key = 100, np.zeros_like(query)
+    key[:, 5] = 100
+    d_query, d_key, d_value = (np.float32(x) for x in call.gradients(d_out, query, key, value))
+    total = d_out.astype(np.float64).sum(axis=1)
+    np.testing.assert_allclose(d_value[:, 5], total, rtol=2.0**-8, atol=0.02)
+    assert not d_value[:, np.arange(70) != 5].any()
+    # What is left of d_score is the rounding of a product in float32, times 100 in each of 70 rows.
+    for gradient in (d_query, d_key):
+        assert np.abs(gradient).max() < 0.1
+
+
+@both_types
+def test_subnormal_values(call, dtype):
+    """Equal weights of 2 and 4 times the smallest number; of bfloat16 it may count as 0."""
+    tiny = float(jnp.finfo(dtype).smallest_subnormal)
+    query, key = (np.full_like(x, tiny) for x in _inputs(dtype)[:2])
+    value = np.where(np.arange(LENGTH)[:, None, None] % 2, 4, 2) * np.full_like(query, tiny)
+    d_out = _inputs(dtype, seed=1)[0]
+    out, lse = call(query, key, value.astype(query.dtype))
+    slack = 0 if dtype == "float16" else float(jnp.finfo(dtype).smallest_normal)
+    np.testing.assert_allclose(np.float64(out), 3 * tiny, rtol=0, atol=slack)
+    np.testing.assert_allclose(lse, np.log(LENGTH), rtol=1e-6)
+    d_query, d_key, d_value = call.gradients(d_out, query, key, value.astype(query.dtype))
+    mean = np.float32(d_out).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.float32(d_value), np.broadcast_to(mean, out.shape), atol=2e-3)
+    for gradient in (d_query, d_key):
+        assert np.abs(np.float32(gradient)).max() < 1e-3
+
+
+def test_infinite_scores_stay_in_their_rows(call):
+    """+inf, once or twice in a row: inf - inf is NaN, as in jax.nn; other rows keep their bits."""
+    query, key, value = _inputs()
+    bias = np.zeros((1, 1, LENGTH, LENGTH), np.float32)
+    clean = call(query, key, value, bias)
+    bias[..., 3, 100], bias[..., 70, [2, 129]] = np.inf, np.inf
+    out, lse = call(query, key, value, bias)
+    for row in (3, 70):
+        assert np.isnan(np.float32(out[:, row])).all()
+        assert np.isnan(lse[..., row]).all()
+        out[:, row], lse[..., row] = clean[0][:, row], clean[1][..., row]
+    assert_same_bits((out, lse), clean)
+
+
+def test_scale_on_the_device_of_any_value(call):
+    """0 weighs all keys equally; NaN and infinity give NaN, but 0 where a row sees nothing."""
+    query, key, value = _inputs()
+    lengths = np.int32([90, 0])
+    out, lse = call(query, key, value, scale=jnp.float32(0), query_seq_lengths=lengths)
+    mean = np.float32(value).mean(axis=1, keepdims=True)[:1]
+    np.testing.assert_allclose(
+        np.float32(out[:1, :90]), np.broadcast_to(mean, (1, 90, HEADS, DIM)), atol=2e-3
+    )
+    np.testing.assert_allclose(lse[0, :, :90], np.log(LENGTH), rtol=1e-6)
+    for scale in (np.nan, np.inf, -np.inf):
+        out, lse = call(query, key, value, scale=jnp.float32(scale), query_seq_lengths=lengths)
+        assert np.isnan(np.float32(out[0, :90])).all()
+        assert np.isnan(lse[0, :, :90]).all()
+        assert not out[0, 90:].any()
+        assert not out[1].any()
+        assert np.isneginf(lse[1]).all()
 
 
 def test_one_hot_values_show_the_mask_exactly(call):
@@ -138,10 +209,11 @@ def test_scaling_by_powers_of_two_is_exact(call):
     assert_same_bits(call(query * np.asarray(4, query.dtype), key, value, scale=0.0625), clean)
 
 
-def test_very_small_lse_keeps_its_gradient(call):
+@both_types
+def test_very_small_lse_keeps_its_gradient(call, dtype):
     """Scores near -1e4 everywhere: exp(s) underflows, exp(s - lse) does not."""
-    query, key, value = _inputs("float16")
-    d_out = _inputs("float16", seed=1)[0]
+    query, key, value = _inputs(dtype)
+    d_out = _inputs(dtype, seed=1)[0]
     plain = call.gradients(d_out, query, key, value)
     bias = np.full((1, 1, 1, 1), -8192, np.float32)
     shifted = call.gradients(d_out, query, key, value, bias)

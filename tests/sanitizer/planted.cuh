@@ -31,7 +31,7 @@ __global__ void planted(const float* in, const float* unset, float* out) {
 inline jfa::Status launch_planted(const std::string& bug, cudaStream_t stream, const float* in, const float* unset,
                                   float* out) {
   const auto run = [&](void (*kernel)(const float*, const float*, float*)) {
-    return jfa::launch("planted", kernel, 1, kThreads, 0, stream, in, unset, out);
+    return jfa::launch("planted", kernel, jfa::Grid{1, kThreads, 0}, stream, in, unset, out);
   };
   if (bug == "none") return run(planted<Bug::kNone>);
   if (bug == "oob_write") return run(planted<Bug::kOobWrite>);
