@@ -53,7 +53,9 @@ class RawCall:
         operands = Operands(*(self.arrays[n] for n in FORWARD[:3]), *[None] * 5)
         if bias is not None:
             operands = operands._replace(bias=self.arrays["bias"])
-        floats = _ffi.plan(operands, options, backward=backward).scratch_floats
+        floats = 1  # what plan() says of every forward that is not empty
+        if backward or 0 not in shape:
+            floats = _ffi.plan(operands, options, backward=backward).scratch_floats
         self.results["scratch"] = like((floats,), "float32")
         self.attributes = _ffi.attributes(options, backward=backward)
 

@@ -100,25 +100,27 @@ while True:
 
 @pytest.mark.gpu
 def test_no_memory_for_results_and_scratch():
-    """RESOURCE_EXHAUSTED; nothing stays allocated, and the next call gives the bits of the first.
+    """RESOURCE_EXHAUSTED, time and again without losing more; other calls give the bits they gave.
 
     The operand takes a fifth of what there is; its three gradients, out and dq in float32 seven.
     """
     script = """
 first = results("cuda")
 device = jax.devices()[0]
-used, limit = (device.memory_stats()[name] for name in ("bytes_in_use", "bytes_limit"))
-x = jnp.ones((limit // 5 // 2**16, 64, 8, 64), jnp.bfloat16)
+limit = device.memory_stats()["bytes_limit"]
+x = jnp.ones((limit // 5 // 2**16, 64, 8, 64), jnp.bfloat16).block_until_ready()
 call = functools.partial(attention, implementation="cuda")
 program = jax.jit(lambda x: jax.vjp(call, x, x, x)[1](x))
-try:
-    jax.block_until_ready(program(x))
-    sys.exit(f"{x.nbytes} of {limit} bytes were not too many")
-except jax.errors.JaxRuntimeError as error:
-    print(str(error).split(":")[0])
-del x
-gc.collect()
-print("kept", device.memory_stats()["bytes_in_use"] - used)
+used = []
+for _ in range(4):
+    try:
+        jax.block_until_ready(program(x))
+        sys.exit(f"{x.nbytes} of {limit} bytes were not too many")
+    except jax.errors.JaxRuntimeError as error:
+        print(str(error).split(":")[0])
+    gc.collect()
+    used.append(device.memory_stats()["bytes_in_use"])
+print("kept", used[-1] - used[0])
 print("the same bits", results("cuda") == first)
 """
     code, text = python(

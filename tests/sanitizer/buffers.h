@@ -31,11 +31,11 @@ inline void check(const jfa::Status& status) {
 class Buffer {
  public:
   // Without `contents` the buffer is one that kernels write, in elements of `element_bytes`.
-  Buffer(std::string name, size_t bytes, const Bytes* contents, size_t element_bytes, bool guarded)
+  Buffer(std::string name, size_t bytes, const Bytes* contents, size_t element_bytes, bool guarded, bool filled)
       : name_(std::move(name)), bytes_(bytes), element_bytes_(element_bytes), band_(guarded ? kBand : 0) {
     check(cudaMalloc(reinterpret_cast<void**>(&memory_), bytes_ + 2 * band_), "allocating " + name_);
     if (contents != nullptr) contents_ = *contents;
-    if (guarded || contents != nullptr) fill();
+    if (guarded || filled || contents != nullptr) fill();
   }
   ~Buffer() { cudaFree(memory_); }
   Buffer(const Buffer&) = delete;
@@ -100,9 +100,12 @@ class Memory {
  public:
   explicit Memory(bool guarded) : guarded_(guarded) {}
 
-  const Buffer* input(const char* name, const Bytes& contents) { return add(name, contents.size(), &contents, 1); }
-  const Buffer* output(const char* name, size_t elements, size_t element_bytes) {
-    return add(name, elements * element_bytes, nullptr, element_bytes);
+  const Buffer* input(const char* name, const Bytes& contents) {
+    return add(name, contents.size(), &contents, 1, false);
+  }
+  // `filled`: unguarded too, once. For what TMA stores: initcheck before 2025.4 (CUDA 13.1) does not see it written.
+  const Buffer* output(const char* name, size_t elements, size_t element_bytes, bool filled = false) {
+    return add(name, elements * element_bytes, nullptr, element_bytes, filled);
   }
 
   // Outputs and scratch become poison again.
@@ -119,9 +122,9 @@ class Memory {
   }
 
  private:
-  const Buffer* add(const char* name, size_t bytes, const Bytes* contents, size_t element_bytes) {
+  const Buffer* add(const char* name, size_t bytes, const Bytes* contents, size_t element_bytes, bool filled) {
     if (bytes == 0) throw std::logic_error(std::string(name) + " is empty");
-    buffers_.push_back(std::make_unique<Buffer>(name, bytes, contents, element_bytes, guarded_));
+    buffers_.push_back(std::make_unique<Buffer>(name, bytes, contents, element_bytes, guarded_, filled));
     return buffers_.back().get();
   }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "problem.h"
+#include "sm90/family.h"
 
 namespace sanitizer {
 
@@ -21,7 +22,7 @@ using Extents = std::array<int, 4>;  // [batch, heads, q_len, k_len], each 1 or 
 inline int64_t count(const Extents& e) { return int64_t(e[0]) * e[1] * e[2] * e[3]; }
 
 struct Case {
-  std::string name;
+  std::string name, family;
   jfa::Shape shape;
   jfa::ElementType type = jfa::ElementType::kBfloat16;
   jfa::Visibility window;                 // its lengths are made from the two below
@@ -34,50 +35,130 @@ struct Case {
   float scale() const { return 1.0f / std::sqrt(float(shape.head_dim)); }
 };
 
-// Every feature in every compiled head dim, in float16 and bfloat16.
-inline std::vector<Case> all_cases(int q_len, int k_len) {
+// Adds cases of one head dim, element type and family: <feature>-<head dim>-<type>-<family>.
+class Adder {
+ public:
+  Adder(std::vector<Case>& cases, int dim, jfa::ElementType type, std::string family)
+      : dim(dim), type(type), cases_(cases), family_(std::move(family)) {}
+
+  const int dim;
+  const jfa::ElementType type;
+
+  void operator()(const char* feature, const jfa::Shape& shape, const std::function<void(Case&)>& change) const {
+    Case c;
+    const char* of_type = type == jfa::ElementType::kHalf ? "-f16-" : "-bf16-";
+    c.name = std::string(feature) + "-" + std::to_string(dim) + of_type + family_;
+    c.family = family_;
+    c.shape = shape;
+    c.type = type;
+    change(c);
+    cases_.push_back(c);
+  }
+
+ private:
+  std::vector<Case>& cases_;
+  std::string family_;
+};
+
+// Every feature.
+inline void add_features(const Adder& adder, int q_len, int k_len) {
+  const int dim = adder.dim;
+  const auto add = [&](const char* feature, const std::function<void(Case&)>& change) {
+    adder(feature, {2, q_len, k_len, 2, 2, dim, dim}, change);
+  };
+  add("plain", [](Case& c) { c.d_lse = false; });
+  add("causal", [](Case& c) { c.window.window_right = 0; });
+  add("causal_bottom_right", [](Case& c) {
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
+  });
+  add("window", [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; });
+  add("lengths", [=](Case& c) {
+    c.shape.batch = 4;
+    c.q_lengths = {q_len, 0, q_len / 2, q_len};
+    c.k_lengths = {k_len / 3, k_len, 0, k_len};
+  });
+  add("bias", [=](Case& c) { c.bias = {1, 2, q_len, k_len}; });
+  add("bias_of_keys", [=](Case& c) {
+    c.bias = {2, 1, 1, k_len};
+    c.bias_type = c.type;
+    c.window.window_right = 0;
+  });
+  add("mask", [=](Case& c) { c.mask = {2, 1, q_len, k_len}; });
+  add("device_scale", [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
+  add("gqa", [](Case& c) {
+    c.shape.heads = 4;
+    c.window.window_right = 0;
+  });
+  // 40 in the kernels for 64, 72 in those for 96, and so on; values narrower still.
+  add("odd_dim", [=](Case& c) { c.shape.head_dim = dim - 24, c.shape.value_dim = dim - 32; });
+  add("one_query", [](Case& c) { c.shape.q_len = 1; });
+  add("one_key", [](Case& c) { c.shape.k_len = 1; });
+}
+
+// Every kind of tile of sm90/tiles.h. 270 rows are two items, of which the second leaves most of its block, in a
+// cluster all of the second block, without rows. 140 items are more than an H200 has multiprocessors: blocks take
+// several, drawn from the counter or dealt out. Rows and windows are few where keys are many: the host computes it too.
+inline void add_tiles(const Adder& add) {
+  const int d = add.dim;
+  const auto causal = [](Case& c) { c.window.window_right = 0; };
+  const auto causal_bottom_right = [](Case& c) {
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
+  };
+  const auto none = [](Case&) {};
+  add("tile_dense", {1, 270, 401, 2, 1, d, d}, none);
+  add("tile_short", {1, 270, 333, 2, 1, d, d}, causal);
+  add("tile_long", {1, 270, 2101, 1, 1, d, d}, causal_bottom_right);
+  add("tile_general", {1, 270, 301, 2, 1, d, d}, [&](Case& c) {
+    c.bias = {1, 2, 270, 301};
+    c.bias_type = c.type;
+    c.mask = {1, 1, 1, 301};
+    causal(c);
+  });
+  // The last tile of values is cleaned behind what the rows see.
+  const auto narrow = [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; };
+  add("tile_window", {1, 270, 401, 2, 2, d, d}, narrow);
+  add("tile_window_long", {1, 270, 2090, 1, 1, d, d}, narrow);
+  add("tile_lengths", {3, 200, 300, 2, 1, d, d}, [](Case& c) {
+    c.q_lengths = {200, 0, 77};
+    c.k_lengths = {300, 129, 0};
+  });
+  add("tile_lengths_long", {3, 270, 2051, 1, 1, d, d}, [](Case& c) {
+    c.q_lengths = {270, 100, 3};
+    c.k_lengths = {131, 0, 2050};
+  });
+  add("tile_empty_rows", {1, 300, 90, 2, 1, d, d}, causal_bottom_right);
+  add("tile_drawn", {2, 20, 150, 70, 10, d, d}, causal);
+  add("tile_drawn_dense", {1, 20, 150, 140, 20, d, d}, none);
+  add("tile_drawn_general", {2, 20, 150, 70, 10, d, d}, [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
+  add("tile_drawn_long", {1, 20, 2060, 140, 2, d, d}, [&](Case& c) {
+    causal_bottom_right(c);
+    c.window.window_left = 300;
+  });
+  add("tile_dealt", {1, 1, 4100, 140, 2, d, d}, none);
+  if (d == 192) {  // has tiles of its own for values of up to 128
+    add("tile_values", {1, 270, 401, 2, 1, d, 120}, none);
+    add("tile_values_causal", {1, 270, 401, 2, 1, d, 128}, causal);
+    add("tile_values_general", {1, 150, 200, 2, 1, d, 120}, [](Case& c) { c.device_scale = {0.1f}; });
+  }
+}
+
+// Every feature in each family, in every compiled head dim, in float16 and bfloat16.
+inline std::vector<Case> all_cases(bool small) {
   using jfa::ElementType;
   std::vector<Case> cases;
   for (const int dim : {JFA_HEAD_DIMS}) {
     for (const ElementType type : {ElementType::kBfloat16, ElementType::kHalf}) {
-      const auto add = [&](const char* feature, const std::function<void(Case&)>& change) {
-        Case c;
-        c.name = std::string(feature) + "-" + std::to_string(dim) + (type == ElementType::kHalf ? "-f16" : "-bf16");
-        c.shape = {2, q_len, k_len, 2, 2, dim, dim};
-        c.type = type;
-        change(c);
-        cases.push_back(c);
-      };
-      add("plain", [](Case& c) { c.d_lse = false; });
-      add("causal", [](Case& c) { c.window.window_right = 0; });
-      add("causal_bottom_right", [](Case& c) {
-        c.window.window_right = 0;
-        c.window.bottom_right = true;
-      });
-      add("window", [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; });
-      add("lengths", [=](Case& c) {
-        c.shape.batch = 4;
-        c.q_lengths = {q_len, 0, q_len / 2, q_len};
-        c.k_lengths = {k_len / 3, k_len, 0, k_len};
-      });
-      add("bias", [=](Case& c) { c.bias = {1, 2, q_len, k_len}; });
-      add("bias_of_keys", [=](Case& c) {
-        c.bias = {2, 1, 1, k_len};
-        c.bias_type = type;
-        c.window.window_right = 0;
-      });
-      add("mask", [=](Case& c) { c.mask = {2, 1, q_len, k_len}; });
-      add("device_scale", [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
-      add("gqa", [](Case& c) {
-        c.shape.heads = 4;
-        c.window.window_right = 0;
-      });
-      // 40 in the kernels for 64, 72 in those for 96, and so on; values narrower still.
-      add("odd_dim", [=](Case& c) { c.shape.head_dim = dim - 24, c.shape.value_dim = dim - 32; });
-      add("one_query", [](Case& c) { c.shape.q_len = 1; });
-      add("one_key", [](Case& c) { c.shape.k_len = 1; });
+      add_features(Adder(cases, dim, type, "sm80"), small ? 70 : 130, small ? 80 : 150);
+      if (!jfa::sm90::kBuilt) continue;
+      const Adder hopper(cases, dim, type, "sm90");
+      add_features(hopper, small ? 70 : 290, small ? 80 : 310);
+      add_tiles(hopper);
     }
   }
+  const int dim = cases.front().shape.head_dim;
+  Adder(cases, dim, ElementType::kBfloat16, "auto")("plain", {2, 70, 80, 2, 2, dim, dim}, [](Case&) {});
   return cases;
 }
 

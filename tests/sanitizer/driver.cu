@@ -1,8 +1,9 @@
 // Runs the package's kernels without Python and XLA, for compute-sanitizer, and checks everything it can by itself.
-//   driver [--list] [--case GLOB]... [--small] [--unguarded] [--plant BUG]
+//   driver [--list] [--case GLOB]... [--small] [--unguarded] [--plant BUG] [soak SECONDS SEED]
 #include <fnmatch.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <string>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "cases.h"
 #include "planted.cuh"
 #include "reference.h"
+#include "soak.h"
 
 namespace sanitizer {
 namespace {
@@ -20,7 +22,25 @@ struct Options {
   std::vector<std::string> globs;
   std::string bug;
   bool list = false, small = false, guarded = true;
+  double soak_seconds = 0.0;
+  uint64_t seed = 0;
 };
+
+// The current one, as plans see it.
+jfa::Device current_device() {
+  int ordinal = 0;
+  check(cudaGetDevice(&ordinal), "asking for the device");
+  const auto read = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, ordinal), "reading the device's attributes");
+    return value;
+  };
+  jfa::Device device;
+  device.compute_capability = 10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
+  device.multiprocessors = read(cudaDevAttrMultiProcessorCount);
+  device.shared_memory_bytes = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return device;
+}
 
 jfa::Tensor tensor(const Buffer* buffer, int64_t rows, int64_t heads, int64_t dim) {
   return {buffer->data(), rows * heads * dim, heads * dim, dim};
@@ -106,10 +126,10 @@ void backward(const Case& c, const Values& v, jfa::Problem p, const std::vector<
     g.d_bias = score_tensor(outputs.back(), kFloat, c.bias);
   }
   jfa::Plan plan;
-  check(jfa::plan_backward(p, g, "auto", 1 << 20, plan));
+  check(jfa::plan_backward(p, g, c.family, current_device(), plan));
   const Buffer* scratch = memory.output("scratch", plan.scratch_floats, 4);
 
-  check(jfa::backward(p, g, scratch->data<float>(), plan.scratch_floats, "auto", stream));
+  check(jfa::backward(p, g, scratch->data<float>(), plan.scratch_floats, c.family, stream));
   const std::vector<Bytes> results = finish(memory, outputs, stream);
   const Expected* expected[] = {&reference.dq, &reference.dk, &reference.dv, &reference.d_bias};
   const char* names[] = {"dq", "dk", "dv", "d_bias"};
@@ -119,7 +139,7 @@ void backward(const Case& c, const Values& v, jfa::Problem p, const std::vector<
   }
   if (!deterministic) return;
   memory.poison();
-  check(jfa::backward(p, g, scratch->data<float>(), plan.scratch_floats, "auto", stream));
+  check(jfa::backward(p, g, scratch->data<float>(), plan.scratch_floats, c.family, stream));
   if (finish(memory, outputs, stream) != results) throw std::runtime_error("a second deterministic backward differs");
 }
 
@@ -128,12 +148,15 @@ void run_case(const Case& c, bool guarded, double scale_error, cudaStream_t stre
   const Values v(c);
   Memory memory(guarded);
   jfa::Problem p = upload(c, v, memory);
+  jfa::Plan plan;
+  check(jfa::plan_forward(p, c.family, current_device(), plan));
   const std::vector<const Buffer*> outputs = {
-      memory.output("out", v.d_o.size(), 2),
+      memory.output("out", v.d_o.size(), 2, plan.family == "sm90"),
       memory.output("lse", size_t(c.shape.batch) * c.shape.heads * c.shape.q_len, 4)};
   p.o = tensor(outputs[0], c.shape.q_len, c.shape.heads, c.shape.value_dim);
   p.lse = outputs[1]->data<float>();
-  check(jfa::forward(p, "auto", stream));
+  const Buffer* scratch = memory.output("scratch", plan.scratch_floats, 4);
+  check(jfa::forward(p, scratch->data<float>(), plan.scratch_floats, c.family, stream));
   const std::vector<Bytes> results = finish(memory, outputs, stream);
 
   Reference reference(c, v, scale_error);
@@ -142,9 +165,10 @@ void run_case(const Case& c, bool guarded, double scale_error, cudaStream_t stre
   compare("out", out, reference.out);
   compare("lse", lse, reference.lse);
   memory.poison();
-  check(jfa::forward(p, "auto", stream));
+  check(jfa::forward(p, scratch->data<float>(), plan.scratch_floats, c.family, stream));
   if (finish(memory, outputs, stream) != results) throw std::runtime_error("a second forward differs");
 
+  if (c.family == "sm90") return;  // it has no backward
   reference.backward(out, lse);
   for (const bool deterministic : {false, true}) {
     backward(c, v, p, results, reference, deterministic, guarded, stream);
@@ -173,8 +197,9 @@ bool report(const std::string& name, F&& f) {
 }
 
 int run(const Options& options) {
+  if (options.soak_seconds > 0.0) return soak(options.soak_seconds, options.seed, options.bug);
   std::vector<Case> chosen;
-  for (const Case& c : options.small ? all_cases(70, 80) : all_cases(130, 150)) {
+  for (const Case& c : all_cases(options.small)) {
     if (matches(c.name, options.globs)) chosen.push_back(c);
   }
   if (chosen.empty()) {
@@ -220,8 +245,13 @@ int main(int argc, char** argv) {
       options.globs.push_back(argv[++n]);
     } else if (argument == "--plant" && has_value) {
       options.bug = argv[++n];
+    } else if (argument == "soak" && n + 2 < argc && std::atof(argv[n + 1]) > 0.0) {
+      options.soak_seconds = std::atof(argv[++n]);
+      options.seed = std::strtoull(argv[++n], nullptr, 10);
     } else {
-      std::fprintf(stderr, "usage: %s [--list] [--case GLOB]... [--small] [--unguarded] [--plant BUG]\n", argv[0]);
+      std::fprintf(stderr,
+                   "usage: %s [--list] [--case GLOB]... [--small] [--unguarded] [--plant BUG] [soak SECONDS SEED]\n",
+                   argv[0]);
       return 2;
     }
   }

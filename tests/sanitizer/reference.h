@@ -5,6 +5,7 @@
 // So |error| <= sum |term| (u + 2^-14) + u |result|. The backward is defined from the out and lse that it is given.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -15,6 +16,17 @@
 #include "cases.h"
 
 namespace sanitizer {
+
+constexpr double kFloatError = 1.0 / 16384;
+
+// Of a 16-bit type: the largest relative error, and the error that remains where a number is subnormal.
+struct Rounding {
+  double unit, least;
+
+  explicit Rounding(jfa::ElementType type)
+      : unit(std::ldexp(1.0, type == jfa::ElementType::kHalf ? -11 : -8)),
+        least(type == jfa::ElementType::kHalf ? std::ldexp(1.0, -25) : 0.0) {}
+};
 
 struct Expected {
   std::vector<double> value, bound;
@@ -28,15 +40,17 @@ class Reference {
 
   // scale_error: 1, or something else to show that a wrong result is noticed.
   Reference(const Case& c, const Values& v, double scale_error = 1.0)
-      : c_(c), s_(c.shape), v_(v), scale_error_(scale_error), half_(c.type == jfa::ElementType::kHalf) {
-    unit_ = half_ ? std::ldexp(1.0, -11) : std::ldexp(1.0, -8);
-    least_ = half_ ? std::ldexp(1.0, -25) : 0.0;  // rounding of a subnormal number
-  }
+      : c_(c),
+        s_(c.shape),
+        v_(v),
+        scale_error_(scale_error),
+        unit_(Rounding(c.type).unit),
+        least_(Rounding(c.type).least) {}
 
   void forward() {
     out = Expected(v_.d_o.size());
     lse = Expected(size_t(s_.batch) * s_.heads * s_.q_len);
-    std::vector<double> score(s_.k_len);
+    std::vector<double> score(s_.k_len), total(s_.value_dim), terms(s_.value_dim);
     each_row([&](int b, int h, int i) {
       double largest = -kInfinity, sum = 0.0;
       for (int j = 0; j < s_.k_len; ++j) largest = std::fmax(largest, score[j] = masked_score(b, h, i, j));
@@ -44,16 +58,16 @@ class Reference {
         for (double& x : score) sum += x = std::exp(x - largest);
       }
       const double log_sum = sum > 0.0 ? largest + std::log(sum) : -kInfinity;
-      set(lse, row(b, h, i), log_sum, sum > 0.0 ? kFloat * (1.0 + std::fabs(log_sum)) : 0.0);
+      set(lse, row(b, h, i), log_sum, sum > 0.0 ? kFloatError * (1.0 + std::fabs(log_sum)) : 0.0);
+      std::fill(total.begin(), total.end(), 0.0), std::fill(terms.begin(), terms.end(), 0.0);
+      for (int j = 0; sum > 0.0 && j < s_.k_len; ++j) {
+        if (score[j] == 0.0) continue;
+        const float* v = value(b, h, j);
+        const double weight = score[j] / sum, error = weight * (unit_ + kFloatError) + least_ / sum;
+        for (int d = 0; d < s_.value_dim; ++d) total[d] += weight * v[d], terms[d] += error * std::fabs(v[d]);
+      }
       for (int d = 0; d < s_.value_dim; ++d) {
-        double total = 0.0, terms = 0.0, narrow = 0.0;
-        for (int j = 0; sum > 0.0 && j < s_.k_len; ++j) {
-          const double v = value(b, h, j)[d];
-          total += score[j] / sum * v;
-          terms += score[j] / sum * std::fabs(v);
-          narrow += score[j] > 0.0 ? least_ / sum * std::fabs(v) : 0.0;
-        }
-        set(out, query_at(b, h, i, s_.value_dim) + d, total, terms * (unit_ + kFloat) + narrow, true);
+        set(out, query_at(b, h, i, s_.value_dim) + d, total[d], terms[d], true);
       }
     });
   }
@@ -74,8 +88,8 @@ class Reference {
         const float *k = key(b, h, j), *v = value(b, h, j);
         double dp = 0.0, dp_terms = delta_terms;
         for (int d = 0; d < s_.value_dim; ++d) dp += double(d_o[d]) * v[d], dp_terms += std::fabs(d_o[d] * v[d]);
-        const double ds = p * (dp - delta), ds_float = kFloat * (std::fabs(ds) + p * dp_terms);
-        const double p_error = p * (unit_ + kFloat) + least_, ds_error = ds_float + unit_ * std::fabs(ds) + least_;
+        const double ds = p * (dp - delta), ds_float = kFloatError * (std::fabs(ds) + p * dp_terms);
+        const double p_error = p * (unit_ + kFloatError) + least_, ds_error = ds_float + unit_ * std::fabs(ds) + least_;
         for (int d = 0; d < s_.value_dim; ++d) add(dv, key_at(b, h, j, s_.value_dim) + d, p * d_o[d], p_error * d_o[d]);
         for (int d = 0; d < s_.head_dim; ++d) {
           add(dq, query_at(b, h, i, s_.head_dim) + d, scale * ds * k[d], scale * ds_error * k[d]);
@@ -91,7 +105,6 @@ class Reference {
 
  private:
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  static constexpr double kFloat = 1.0 / 16384;
 
   template <class F>
   void each_row(F&& f) const {
@@ -149,7 +162,6 @@ class Reference {
   const jfa::Shape& s_;
   const Values& v_;
   double scale_error_, unit_, least_;
-  bool half_;
 };
 
 // Throws where a number is NaN, is infinite and should not be, or is too far off.

@@ -1,9 +1,11 @@
 """Builds the driver, runs it alone and under compute-sanitizer, and shows that each check can fail.
 
     python tests/sanitizer/run.py [--build DIR] [--head-dims 64,128] [--jobs N] [--minutes 5]
+    python tests/sanitizer/run.py --soak SECONDS [--seed N]
 
 Exits with 0 only if everything passed: the kernels are clean, and each planted bug was noticed.
-Needs an NVIDIA GPU, nvcc and compute-sanitizer of the CUDA toolkit; no package.
+Needs an NVIDIA GPU, nvcc and compute-sanitizer of the CUDA toolkit, on an H100 or H200 also cmake;
+no package.
 """
 
 import argparse
@@ -21,9 +23,21 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-PASSES = {
-    "forward": "const Problem&, cudaStream_t",
-    "backward": "const Problem&, const Gradients&, cudaStream_t",
+PASSES = {  # of a family, and their arguments; the slowest to compile first
+    "sm80": {
+        "backward": "const Problem&, const Gradients&, cudaStream_t",
+        "forward": "const Problem&, cudaStream_t",
+    },
+    "sm90": {"forward": "const Problem&, uint32_t*, int, cudaStream_t"},
+}
+UNDER_TOOLS = {  # globs of the cases of one head dim
+    "sm80": ["*-{}-bf16-sm80", "plain-{}-f16-sm80"],
+    "sm90": [
+        "tile_*-{}-bf16-sm90",
+        "odd_dim-{}-bf16-sm90",
+        "one_*-{}-bf16-sm90",
+        "plain-{}-f16-sm90",
+    ],
 }
 TOOLS = {  # the tool: the bug planted for it, and what it says when it sees that
     "memcheck": ("oob_write", r"Invalid __global__ write"),
@@ -34,6 +48,11 @@ TOOLS = {  # the tool: the bug planted for it, and what it says when it sees tha
 OWN_CHECKS = {  # the driver's own: what is planted, and what it says
     "oob_write": r"guard band changed",
     "unwritten": r"was not written",
+    "wrong_scale": r"expected .* \+- ",
+}
+SOAK_CHECKS = {  # the same of a soak
+    "hang": r"no end after",
+    "flip": r"a second run differs",
     "wrong_scale": r"expected .* \+- ",
 }
 OPTIONS = {
@@ -110,31 +129,55 @@ def compute_capability():
     return "".join(found.groups()) if found else "90"
 
 
-def build(runner, pool, nvcc, folder, head_dims):
-    """The driver's path (None where it does not compile) and rows for the table."""
+def wgmma_table(runner, cmake, folder):
+    """Writes the header of sm90's kernels that is not in the repository."""
+    script = folder / "wgmma_table.cmake"
+    written = (folder / "wgmma_table.cuh").resolve().as_posix()
+    included = (CSRC.parent / "cmake" / "wgmma.cmake").as_posix()
+    script.write_text(f'include("{included}")\njfa_write_wgmma_table("{written}")\n')
+    return runner.run([*cmake, "-P", script], 60)
+
+
+def build(runner, pool, nvcc, cmake, folder, head_dims, families, arch):
+    """The driver's path (None where it does not compile) and a row for the table."""
     header = folder / "head_dims.h"  # nvcc would split -DJFA_HEAD_DIMS=64,96 at the comma
     header.write_text(f"#define JFA_HEAD_DIMS {', '.join(map(str, head_dims))}\n")
-    sources = [HERE / "driver.cu", CSRC / "attention.cc"]
+    portable = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    code = {"sm80": portable, "sm90": ["-gencode", "arch=compute_90a,code=sm_90a"]}
+    flags = ["-std=c++17", "-O2", "-lineinfo", "-include", header, "-I", CSRC, "-I", folder]
+    if "sm90" in families:
+        flags += ["-DJFA_SM90"]
     template = (CSRC / "kernel.cu.in").read_text()
+    sources = []
     for dim in sorted(head_dims, reverse=True):  # the slowest first
-        for which in ("backward", "forward"):
-            values = {
-                "FAMILY": "sm80", "PASS": which, "HEAD_DIM": dim, "ARGUMENTS": PASSES[which],
-            }  # fmt: skip
-            text = re.sub(r"@JFA_(\w+)@", lambda found, v=values: str(v[found[1]]), template)
-            sources.append(folder / f"sm80_{which}_{dim}.cu")
-            sources[-1].write_text(text)
-    arch = compute_capability()
-    code = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    flags = ["-std=c++17", "-O2", "-lineinfo", *code, "-include", header, "-I", CSRC]
-    objects = [folder / f"{source.stem}.o" for source in sources]
+        for family in families:
+            for which, arguments in PASSES[family].items():
+                values = {
+                    "FAMILY": family, "PASS": which, "HEAD_DIM": dim, "ARGUMENTS": arguments,
+                }  # fmt: skip
+                text = re.sub(r"@JFA_(\w+)@", lambda found, v=values: str(v[found[1]]), template)
+                source = folder / f"{family}_{which}_{dim}.cu"
+                source.write_text(text)
+                sources.append((source, code[family]))
+    others = [HERE / "driver.cu", HERE / "soak.cu", CSRC / "attention.cc"]
+    others += [CSRC / "sm90" / "tensor_map.cc"] if "sm90" in families else []
+    sources += [(source, portable) for source in others]
+    objects = [folder / f"{source.stem}.o" for source, _ in sources]
 
     start = time.monotonic()
-    commands = [[nvcc, *flags, "-c", s, "-o", o] for s, o in zip(sources, objects)]
-    compiled = list(pool.map(lambda command: runner.run(command, 240), commands))
-    failed = [done for done in compiled if done.status != 0]
+    commands = [
+        [nvcc, *flags, *code, "-c", source, "-o", object_]
+        for (source, code), object_ in zip(sources, objects)
+    ]
+    failed = []
+    if "sm90" in families:
+        failed = [done for done in [wgmma_table(runner, cmake, folder)] if done.status != 0]
     if not failed:
-        linked = runner.run([nvcc, *code, *objects, "-o", folder / "driver"], 60)
+        compiled = list(pool.map(lambda command: runner.run(command, 240), commands))
+        failed = [done for done in compiled if done.status != 0]
+    if not failed:
+        link = [nvcc, *portable, *objects, "-Xcompiler", "-pthread", "-o", folder / "driver"]
+        linked = runner.run(link, 60)
         failed = [linked] if linked.status != 0 else []
     problem = f"{len(failed)} of {len(commands)} commands failed" if failed else ""
     text = failed[0].text if failed else ""
@@ -162,15 +205,29 @@ def caught(name, done, pattern):
     return Row(name, problem, done.seconds, done.text)
 
 
-def bare_jobs(runner, driver, head_dims):
+def bare_jobs(runner, driver, head_dims, families):
     """The driver alone: every case, and the bugs that its own checks see."""
-    for dim in head_dims:
-        command = [driver, "--case", f"*-{dim}-*"]
-        yield lambda d=dim, c=command: passed(f"driver, head dim {d}", runner.run(c, 120))
-    dim = head_dims[0]
+    for family in reversed(families):
+        for dim in sorted(head_dims, reverse=True):
+            command = [driver, "--case", f"*-{dim}-*-{family}"]
+            yield lambda f=family, d=dim, c=command: passed(
+                f"driver, {f}, head dim {d}", runner.run(c, 120)
+            )
+    yield lambda: passed("driver, auto", runner.run([driver, "--case", "*-auto"], 60))
     for bug, pattern in OWN_CHECKS.items():
-        command = [driver, "--small", "--case", f"plain-{dim}-f16", "--plant", bug]
+        command = [driver, "--small", "--case", f"plain-{head_dims[0]}-f16-sm80", "--plant", bug]
         yield lambda b=bug, c=command, p=pattern: caught(f"planted {b}", runner.run(c, 60), p)
+
+
+def soak_rows(runner, driver, seconds, seed):
+    """A soak whose text is shown, after short ones with something planted."""
+    rows = []
+    for bug, pattern in SOAK_CHECKS.items():
+        command = [driver, "--plant", bug, "soak", 10, seed]
+        rows.append(caught(f"soak, planted {bug}", runner.run(command, 60), pattern))
+    done = runner.run([driver, "soak", seconds, seed], seconds + 120)
+    print(done.text)
+    return [*rows, passed("soak", done, r"soak, seed \d+: .*, 0 failed")]
 
 
 def tool_command(sanitizer, tool, driver, arguments):
@@ -178,16 +235,18 @@ def tool_command(sanitizer, tool, driver, arguments):
     return [sanitizer, *options, *OPTIONS.get(tool, []), driver, "--unguarded", *arguments]
 
 
-def tool_jobs(runner, sanitizer, driver, head_dims, tools):
-    """Each tool on each head dim: all cases in bfloat16 and the first in float16; then its bug."""
+def tool_jobs(runner, sanitizer, driver, head_dims, families, tools):
+    """Each tool on each family and head dim; then its bug."""
     for tool in tools:
         bug, pattern = TOOLS[tool]
         for dim in sorted(head_dims, reverse=True):
-            globs = ["--small", "--case", f"*-{dim}-bf16", "--case", f"plain-{dim}-f16"]
-            command = tool_command(sanitizer, tool, driver, globs)
-            yield lambda t=tool, d=dim, c=command: passed(
-                f"{t}, head dim {d}", runner.run(c, 200), CLEAN
-            )
+            for family in families:
+                globs = [glob.format(dim) for glob in UNDER_TOOLS[family]]
+                cases = [part for glob in globs for part in ("--case", glob)]
+                command = tool_command(sanitizer, tool, driver, ["--small", *cases])
+                yield lambda t=tool, f=family, d=dim, c=command: passed(
+                    f"{t}, {f}, head dim {d}", runner.run(c, 150), CLEAN
+                )
         command = tool_command(sanitizer, tool, driver, ["--plant", bug])
         yield lambda t=tool, b=bug, c=command, p=pattern: caught(
             f"{t}, planted {b}", runner.run(c, 90), p
@@ -216,35 +275,46 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nvcc")
     parser.add_argument("--compute-sanitizer")
+    parser.add_argument("--cmake")
     parser.add_argument("--build", type=pathlib.Path, help="keep the objects in this folder")
     parser.add_argument("--head-dims", default="64,96,128,192,256")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--gpu-jobs", type=int, default=8, help="processes on the GPU at a time")
-    parser.add_argument("--minutes", type=float, default=5, help="for everything together")
+    parser.add_argument("--minutes", type=float, default=5, help="for all but the soak")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="only random calls")
+    parser.add_argument("--seed", type=int, default=1, help="of the soak")
     arguments = parser.parse_args()
     head_dims = sorted(int(dim) for dim in arguments.head_dims.split(","))
     nvcc = find("nvcc", arguments.nvcc)
-    sanitizer = find("compute-sanitizer", arguments.compute_sanitizer)
-    runner = Runner(arguments.minutes)
+    sanitizer = None if arguments.soak else find("compute-sanitizer", arguments.compute_sanitizer)
+    arch = compute_capability()
+    families = ["sm80", "sm90"] if arch == "90" else ["sm80"]
+    cmake = []
+    if "sm90" in families:  # pip's cmake may be a module alone
+        as_module = not arguments.cmake and not shutil.which("cmake")
+        cmake = [sys.executable, "-m", "cmake"] if as_module else [find("cmake", arguments.cmake)]
+    runner = Runner(arguments.minutes + (arguments.soak or 0) / 60)
     start = time.monotonic()
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.build or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-            driver, row = build(runner, pool, nvcc, folder, head_dims)
+            driver, row = build(runner, pool, nvcc, cmake, folder, head_dims, families, arch)
         rows = [row]
         with concurrent.futures.ThreadPoolExecutor(arguments.gpu_jobs) as pool:
 
             def together(jobs):
                 rows.extend(pool.map(lambda job: job(), jobs))
 
-            if driver:
-                together(bare_jobs(runner, driver, head_dims))
+            if driver and arguments.soak:
+                rows += soak_rows(runner, driver, arguments.soak, arguments.seed)
+            elif driver:
+                together(bare_jobs(runner, driver, head_dims, families))
                 together(probe_jobs(runner, sanitizer, driver))
                 # What a tool that does not work here says of the kernels is nothing.
                 tools = [t for t, row in zip(TOOLS, rows[-len(TOOLS) :]) if not row.problem]
-                together(tool_jobs(runner, sanitizer, driver, head_dims, tools))
+                together(tool_jobs(runner, sanitizer, driver, head_dims, families, tools))
     show(rows)
     failed = sum(bool(row.problem) for row in rows)
     print(f"\n{len(rows)} steps, {failed} failed, {time.monotonic() - start:.0f} s")
