@@ -223,6 +223,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         load_matrix_x4(q_registers[step],
                        shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
       }
+      fence_async_shared();  // an arrival alone does not wait for loads: the next queries would land before they read
       arrive_for_warp(q_free);
     }
   };
