@@ -279,7 +279,7 @@ def test_explain_tells_of_the_kernels():
     told = str(jax_flashattn.explain(**arrays(), platform="cuda"))
     assert "cuda:sm90 on cuda" in told
     assert "backward implementation: cuda:sm80" in told
-    assert "dealt out in turn" in told
+    assert "over persistent blocks" in told
     causal = jax_flashattn.explain(**arrays(), is_causal=True, platform="cuda")
     assert "drawn longest first" in causal.schedule
     portable = jax_flashattn.explain(**arrays(), platform="cuda", implementation="cuda:sm80")

@@ -53,9 +53,9 @@ __device__ __forceinline__ void for_each_element(Fragment<kRows, kCols>& s, cons
                                                  const Combine& combine) {
   using Element = ScoreElement<T>;
   const T* data = static_cast<const T*>(tensor.data) + origin;
-  // A thread's columns come in pairs. Where all rows start at an even element, so do its pairs.
-  const bool in_pairs = tensor.k_stride == 1 && tensor.q_stride % 2 == 0 && at.first_col % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
+  // A thread's columns come in pairs. Where rows are even in length and in their beginnings, no pair crosses an end.
+  const bool in_pairs = tensor.k_stride == 1 && tensor.k_len % 2 == 0 && tensor.q_stride % 2 == 0 &&
+                        at.first_col % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int i = opaque(at.row(r));
@@ -65,7 +65,7 @@ __device__ __forceinline__ void for_each_element(Fragment<kRows, kCols>& s, cons
 #pragma unroll
       for (int c = 0; c < kCols; c += 2) {
         const int j = at.col(c);
-        if (j >= keys.end || j + 1 < keys.begin) continue;  // the extent is even: a pair does not cross its end
+        if (j >= keys.end || j + 1 < keys.begin) continue;
         const float2 pair = Element::two(row + j);
         s.v[r][c] = combine(s.v[r][c], pair.x);
         s.v[r][c + 1] = combine(s.v[r][c + 1], pair.y);

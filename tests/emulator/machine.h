@@ -3,8 +3,8 @@
 // happens which threads start and do not do themselves.
 #pragma once
 
-#include <numeric>
 #include <functional>
+#include <numeric>
 
 #include "async.h"
 #include "global.h"
