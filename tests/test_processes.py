@@ -100,7 +100,7 @@ while True:
 
 @pytest.mark.gpu
 def test_no_memory_for_results_and_scratch():
-    """RESOURCE_EXHAUSTED, time and again without losing more; other calls give the bits they gave.
+    """RESOURCE_EXHAUSTED, from XLA before any kernel; other calls then give the bits they gave.
 
     The operand takes a fifth of what there is; its three gradients, out and dq in float32 seven.
     """
@@ -111,16 +111,12 @@ limit = device.memory_stats()["bytes_limit"]
 x = jnp.ones((limit // 5 // 2**16, 64, 8, 64), jnp.bfloat16).block_until_ready()
 call = functools.partial(attention, implementation="cuda")
 program = jax.jit(lambda x: jax.vjp(call, x, x, x)[1](x))
-used = []
-for _ in range(4):
-    try:
-        jax.block_until_ready(program(x))
-        sys.exit(f"{x.nbytes} of {limit} bytes were not too many")
-    except jax.errors.JaxRuntimeError as error:
-        print(str(error).split(":")[0])
-    gc.collect()
-    used.append(device.memory_stats()["bytes_in_use"])
-print("kept", used[-1] - used[0])
+try:
+    jax.block_until_ready(program(x))
+    sys.exit(f"{x.nbytes} of {limit} bytes were not too many")
+except jax.errors.JaxRuntimeError as error:
+    print(str(error).split(":")[0])
+gc.collect()
 print("the same bits", results("cuda") == first)
 """
     code, text = python(
@@ -131,4 +127,3 @@ print("the same bits", results("cuda") == first)
     assert code == 0, text
     assert "RESOURCE_EXHAUSTED" in text
     assert "the same bits True" in text
-    assert int(text.split("kept ")[1].split()[0]) < 2**20
