@@ -252,6 +252,12 @@ def test_forward_of_long_causal_sequences(dim):
     check(case, "bfloat16", family="sm90", gradients=False, multiprocessors=1)
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e4])
+def test_forward_with_an_extreme_scale(scale):
+    case = Case("extreme-scale", 65, 200, options={"scale": scale})
+    check(case, "bfloat16", family="sm90", gradients=False)
+
+
 @pytest.mark.parametrize("extents", [(65, 0), (0, 65)], ids=["no-keys", "no-queries"])
 def test_forward_of_nothing(extents):
     actual = kernels.run(Case("empty", *extents), "float16", family="sm90", gradients=False)

@@ -90,6 +90,7 @@ struct OnlineSoftmax {
 template <int kRows>
 struct LaggingSoftmax {
   static constexpr float kLag = 8.0f;
+  static constexpr float kLargestLag = 1e38f;  // finite also for the smallest scales: -inf + inf would be NaN
 
   float factor_log2;  // from a score to log2 units
   float lag;          // kLag as a difference of scores
@@ -97,7 +98,8 @@ struct LaggingSoftmax {
   float m[kRows];     // reference, -inf before the first visible score
   float l[kRows];     // this thread's part of sum of 2^((s - m) factor)
 
-  __device__ __forceinline__ explicit LaggingSoftmax(float factor) : factor_log2(factor), lag(kLag / factor) {}
+  __device__ __forceinline__ explicit LaggingSoftmax(float factor)
+      : factor_log2(factor), lag(fminf(kLag / factor, kLargestLag)) {}
 
   __device__ __forceinline__ void start_row_sums() {
 #pragma unroll
