@@ -91,10 +91,6 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 // Until all of this thread's groups are complete.
 __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-__device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Orders this thread's ordinary accesses of shared memory before later asynchronous ones, by TMA or wgmma, of those who
 // synchronise with it (9.7.13.4).
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -55,7 +55,6 @@ inline void tma_store(const TensorMap& map, uint32_t shared, int column, int row
 inline void tma_store_commit() { emulator::commit_stores(); }
 inline void tma_store_wait_read(Site site = {}) { emulator::wait_for_stores({"tma_store_wait_read", site}); }
 inline void tma_store_wait(Site site = {}) { emulator::wait_for_stores({"tma_store_wait", site}); }
-inline void tma_prefetch(const TensorMap&) {}
 
 // Runs of bytes: multiples of 16, at such addresses.
 inline void bulk_copy(uint32_t shared, const void* global, int bytes, uint32_t mbarrier, Site site = {}) {
