@@ -57,6 +57,17 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, uint32_t parity
   }
 }
 
+// Whether that phase has ended; if so, like mbarrier_wait().
+__device__ __forceinline__ bool mbarrier_test(uint32_t mbarrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(mbarrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // ---- tensor memory access (9.7.9.27): boxes of a tensor map, between global and shared memory. Coordinates (column,
 // row, head, batch) count elements; what lies outside the tensor is read as zero and never written.
 
@@ -150,6 +161,17 @@ __device__ __forceinline__ void store_remote_32(uint32_t shared, uint32_t value,
 __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Until what load_matrix_x4() loads into these registers is there, so that its place may be given back: an arrival
+// would not wait for it, and a fence waits for much more. The instruction needs the registers, and does nothing.
+template <int kLoads>
+__device__ __forceinline__ void settle_loads(const uint32_t (&r)[kLoads][4]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) bits ^= r[i][0];
+  asm volatile("{\n.reg .pred rarely;\nsetp.eq.u32 rarely, %0, 0x5bd1e995;\n@rarely nanosleep.u32 0;\n}" ::"r"(bits)
                : "memory");
 }
 

@@ -26,12 +26,14 @@ class Clocks {
         own_(threads),
         fenced_(threads),
         init_fenced_(threads),
+        loads_(threads),
         all_(stride_),
         known_(size_t(threads) * stride_) {}
 
   void reset() {
     std::fill(own_.begin(), own_.end(), 1);
     std::fill(fenced_.begin(), fenced_.end(), 0);
+    std::fill(loads_.begin(), loads_.end(), Loads());
     std::fill(init_fenced_.begin(), init_fenced_.end(), 0);
     std::fill(all_.begin(), all_.end(), 0);
     std::fill(known_.begin(), known_.end(), 0);
@@ -91,8 +93,24 @@ class Clocks {
   }
 
   // Which of a thread's writes asynchronous operations may see, and which of its mbarriers' initialisations.
-  void fence(int t) { fenced_[t] = own_[t]++; }
+  void fence(int t) {
+    settle_loads(t);
+    fenced_[t] = own_[t]++;
+  }
   bool fenced(int t, uint32_t clock) const { return clock <= fenced_[t]; }
+  // Loads into registers are on their way until the thread calls a fence, or an instruction needs what they bring.
+  void start_load(int t) { loads_[t].running = true; }
+  void settle_loads(int t) {
+    if (!loads_[t].running) return;
+    loads_[t].running = false;
+    loads_[t].settled.push_back(own_[t]++);
+  }
+  // Whether thread t knows that a load by w has settled.
+  bool load_settled(int t, int w, uint32_t clock) const {
+    const std::vector<uint32_t>& settled = loads_[w].settled;
+    const auto first = std::lower_bound(settled.begin(), settled.end(), clock);
+    return first != settled.end() && known(t, w, *first);
+  }
   void fence_init(int t) { init_fenced_[t] = own_[t]++; }
   bool init_fenced(int t, uint32_t clock) const { return clock <= init_fenced_[t]; }
 
@@ -100,7 +118,13 @@ class Clocks {
   int actors() const { return count_ + int(agents_.size()); }
 
   int count_, per_block_, stride_;
+  struct Loads {
+    bool running = false;
+    std::vector<uint32_t> settled;  // when, ascending
+  };
+
   std::vector<uint32_t> own_, fenced_, init_fenced_;
+  std::vector<Loads> loads_;
   Knowledge all_, known_;  // what everybody knows; what each thread knows besides
   std::vector<std::string> agents_;
 };

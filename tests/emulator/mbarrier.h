@@ -97,7 +97,8 @@ inline void mbarrier_arrive_remote(uint32_t address, int rank, const Where& wher
   arrive(find_mbarrier(block, address, rank != m.rank(), where), where);
 }
 
-inline void mbarrier_wait(uint32_t address, uint32_t parity, const Where& where) {
+// True when the phase has ended; false only if this may not sleep until it has.
+inline bool mbarrier_wait(uint32_t address, uint32_t parity, bool may_sleep, const Where& where) {
   Machine& m = machine();
   Mbarrier& b = find_mbarrier(m.mine(), address, false, m.note(where));
   if (parity > 1) fail(where, text("waits for a phase of parity %u", parity));
@@ -109,6 +110,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity, const Where& where)
                      next, offset_in_block(address), b.phases));
   }
   if (uint32_t(b.phases & 1) == parity) {
+    if (!may_sleep) return false;
     const int phase = b.phases;
     b.waiting.push_back(m.running());
     m.sleep(where, &b);
@@ -120,6 +122,7 @@ inline void mbarrier_wait(uint32_t address, uint32_t parity, const Where& where)
   }
   waited = b.phases - 1;
   m.clocks().acquire(m.running(), b.ended_told);
+  return true;
 }
 
 // The time at which bytes that land now do so, in the mbarrier's clock.

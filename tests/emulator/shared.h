@@ -46,6 +46,7 @@ class SharedMemory {
       word.reader = t;
       word.read_clock = clocks_.now(t);
     }
+    clocks_.start_load(t);
     return at(address);
   }
   unsigned char* write(int t, uint32_t address, uint32_t size, const Where& where) {
@@ -75,7 +76,7 @@ class SharedMemory {
     for (Word& word : words(address, size)) {
       check_free(word, t, address, size, where);
       check_fenced(word, address, size, where);
-      if (size == kChunk) check_read_fenced(word, address, size, where);  // not st.async
+      if (size == kChunk) check_load_settled(word, t, address, size, where);  // not st.async
       word = {State::kInFlight, uint16_t(agent), uint16_t(agent), 0, 0};
     }
   }
@@ -211,10 +212,11 @@ class SharedMemory {
   }
 
   // An arrival counts although loads before it are still on their way, on an H200 too.
-  void check_read_fenced(const Word& word, uint32_t address, uint32_t size, const Where& where) const {
-    if (word.read_clock == 0 || clocks_.fenced(word.reader, word.read_clock)) return;
-    fail(where,
-         clocks_.name(word.reader) + " has called no fence_async_shared after its read of " + place(address, size));
+  void check_load_settled(const Word& word, int t, uint32_t address, uint32_t size, const Where& where) const {
+    if (word.read_clock == 0 || clocks_.load_settled(t, word.reader, word.read_clock)) return;
+    fail(where, clocks_.name(word.reader) +
+                    " has neither used what it read nor called fence_async_shared after its read of " +
+                    place(address, size));
   }
 
   std::vector<unsigned char> bytes_;

@@ -94,6 +94,7 @@ class WarpgroupModel {
     if (form.registers_a) {
       product.a[lane_] = a;
       memcpy(product.a_values[lane_].data(), a, 16);
+      m_.clocks().settle_loads(m_.running());
     }
     if (++product.issued == kWarpgroup) {
       check_operands(product, index);

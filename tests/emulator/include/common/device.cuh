@@ -185,6 +185,11 @@ inline uint32_t increment_global(uint32_t* counter, uint32_t last, Site site = {
 inline int opaque(int x) { return x; }
 inline void settle(float&) {}
 
+inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
 inline int bits_of(float x) {
   int bits;
   memcpy(&bits, &x, 4);

@@ -34,7 +34,10 @@ inline void mbarrier_arrive_remote(uint32_t mbarrier, int rank, Site site = {}) 
   emulator::mbarrier_arrive_remote(local(mbarrier), rank, {"mbarrier_arrive_remote", site});
 }
 inline void mbarrier_wait(uint32_t mbarrier, uint32_t parity, Site site = {}) {
-  emulator::mbarrier_wait(local(mbarrier), parity, {"mbarrier_wait", site});
+  emulator::mbarrier_wait(local(mbarrier), parity, true, {"mbarrier_wait", site});
+}
+inline bool mbarrier_test(uint32_t mbarrier, uint32_t parity, Site site = {}) {
+  return emulator::mbarrier_wait(local(mbarrier), parity, false, {"mbarrier_test", site});
 }
 
 // ---- tensor memory access
@@ -69,6 +72,11 @@ inline void fence_async_shared() {
   emulator::Machine& m = emulator::machine();
   m.clocks().fence(m.running());
   ++m.count().proxy_fences;
+}
+
+template <int kLoads>
+inline void settle_loads(const uint32_t (&)[kLoads][4]) {
+  emulator::machine().clocks().settle_loads(emulator::machine().running());
 }
 
 // ---- threads
