@@ -302,8 +302,7 @@ MUTANTS = {
         "mbarrier_init(shared_address(&smem.free[slot]), Shape::kCluster * Shape::kWarpgroups)",
         "mbarrier_init(shared_address(&smem.free[slot]), 1)", "dense-127x129"),
     "query-given-back-while-it-is-read": (
-        "forward.cuh",
-        "      fence_async_shared();  // an arrival", "      // an arrival", "gqa-6-3-causal"),
+        "forward.cuh", "      settle_loads(q_registers);\n", "", "gqa-6-3-causal"),
     "query-released-early": (
         "forward.cuh",
         "wgmma_wait<0>();\n    release(k_slot);\n    release_query();",

@@ -133,6 +133,7 @@ __device__ __forceinline__ void settle(float& x) { asm volatile("" : "+f"(x)::"m
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 
 __device__ __forceinline__ int bits_of(float x) { return __float_as_int(x); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // One instruction since sm_90.
 __device__ __forceinline__ int max_of_3(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 

@@ -6,95 +6,23 @@
 
 #include "common/fragment.cuh"
 #include "common/math.cuh"
+#include "common/score_tensor.cuh"
 #include "common/sequence.cuh"
 
 namespace jfa {
-
-// One element of a score tensor, and two neighbours along the keys.
-template <class T>
-struct ScoreElement;
-
-template <>
-struct ScoreElement<__half> {
-  __device__ __forceinline__ static float one(const __half* p) { return __half2float(load_global(p)); }
-  __device__ __forceinline__ static float2 two(const __half* p) {
-    return unpack<__half>(load_global(reinterpret_cast<const uint32_t*>(p)));
-  }
-};
-template <>
-struct ScoreElement<__nv_bfloat16> {
-  __device__ __forceinline__ static float one(const __nv_bfloat16* p) { return __bfloat162float(load_global(p)); }
-  __device__ __forceinline__ static float2 two(const __nv_bfloat16* p) {
-    return unpack<__nv_bfloat16>(load_global(reinterpret_cast<const uint32_t*>(p)));
-  }
-};
-template <>
-struct ScoreElement<float> {
-  __device__ __forceinline__ static float one(const float* p) { return load_global(p); }
-  __device__ __forceinline__ static float2 two(const float* p) {
-    return load_global(reinterpret_cast<const float2*>(p));
-  }
-};
-template <>
-struct ScoreElement<bool> {
-  __device__ __forceinline__ static float one(const bool* p) {
-    return load_global(reinterpret_cast<const uint8_t*>(p)) != 0 ? 1.0f : 0.0f;
-  }
-  __device__ __forceinline__ static float2 two(const bool* p) {
-    const uint16_t both = load_global(reinterpret_cast<const uint16_t*>(p));
-    return {(both & 0xff) != 0 ? 1.0f : 0.0f, both >> 8 != 0 ? 1.0f : 0.0f};
-  }
-};
-
-// Calls combine(score, element) for every score of a fragment that its row sees.
-template <class T, int kRows, int kCols, class Combine>
-__device__ __forceinline__ void for_each_element(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                 const Sequence& sequence, const ScoreTensor& tensor, int64_t origin,
-                                                 const Combine& combine) {
-  using Element = ScoreElement<T>;
-  const T* data = static_cast<const T*>(tensor.data) + origin;
-  // A thread's columns come in pairs. Where rows are even in length and in their beginnings, no pair crosses an end.
-  const bool in_pairs = tensor.k_stride == 1 && tensor.k_len % 2 == 0 && tensor.q_stride % 2 == 0 &&
-                        at.first_col % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int i = opaque(at.row(r));
-    const Interval keys = sequence.keys(i);
-    const T* row = data + i * tensor.q_stride;
-    if (in_pairs) {
-#pragma unroll
-      for (int c = 0; c < kCols; c += 2) {
-        const int j = at.col(c);
-        if (j >= keys.end || j + 1 < keys.begin) continue;
-        const float2 pair = Element::two(row + j);
-        s.v[r][c] = combine(s.v[r][c], pair.x);
-        s.v[r][c + 1] = combine(s.v[r][c + 1], pair.y);
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        const int j = at.col(c);
-        if (keys.contains(j)) s.v[r][c] = combine(s.v[r][c], Element::one(row + j * tensor.k_stride));
-      }
-    }
-  }
-}
 
 // The scores of one batch entry and head.
 template <bool kGeneral>
 struct ScoreRule {
   float scale;        // of q.k, natural units
   float factor_log2;  // from a score as apply() leaves it to log2 units
-  const ScoreTensor& bias;
-  const ScoreTensor& mask;
-  int64_t bias_origin, mask_origin;
+  const Scores& scores;
+  int b, h;
 
-  __device__ __forceinline__ ScoreRule(const Scores& scores, int b, int h) : bias(scores.bias), mask(scores.mask) {
+  __device__ __forceinline__ ScoreRule(const Scores& scores_, int b_, int h_) : scores(scores_), b(b_), h(h_) {
     scale = scores.scale;
     if constexpr (kGeneral) {
       if (scores.device_scale != nullptr) scale = load_global(scores.device_scale + b * scores.device_scale_stride);
-      bias_origin = b * bias.batch_stride + h * bias.head_stride;
-      mask_origin = b * mask.batch_stride + h * mask.head_stride;
     }
     factor_log2 = factor_of(scores);
   }
@@ -103,26 +31,50 @@ struct ScoreRule {
   }
 
   // `all` is the interval of keys that no row of the fragment masks; [begin, end) the keys of the tile.
+  __device__ __forceinline__ static bool is_whole(Interval all, int begin, int end) {
+    return begin >= all.begin && end <= all.end;
+  }
   __device__ __forceinline__ static bool needs_mask(Interval all, int begin, int end) {
-    return kGeneral || begin < all.begin || end > all.end;
+    return kGeneral || !is_whole(all, begin, end);
+  }
+
+  // The first round of what apply() will read from memory. `whole`: no row masks any key of the tile.
+  template <int kCols>
+  __device__ __forceinline__ void load_ahead(ScoreWords<kCols>& words, const Position<>& at, const Sequence& sequence,
+                                             bool whole) const {
+    const ScoreTensor& first = scores.bias.data != nullptr ? scores.bias : scores.mask;
+    if (first.data != nullptr) ScoreReader(first, b, h, at).load(words, 0, at, sequence, whole);
   }
 
   // Products to scores, in place. Call it where needs_mask() holds.
   template <int kRows, int kCols>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at,
                                         const Sequence& sequence) const {
+    ScoreWords<kCols> words;
+    if constexpr (kGeneral) load_ahead(words, at, sequence, false);
+    apply(s, at, sequence, false, words);
+  }
+  // The same with what load_ahead() has loaded.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
+                                        bool whole, ScoreWords<kCols>& words) const {
     if constexpr (kGeneral) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
       }
-      add_bias(s, at, sequence);
-      if (mask.data != nullptr) {
-        for_each_element<bool>(s, at, sequence, mask, mask_origin,
-                               [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
+      const bool biased = scores.bias.data != nullptr;
+      if (biased) {
+        combine(s, at, sequence, whole, words, scores.bias, true,
+                [](float score, float element) { return fmaf(kLog2e, element, score); });
+      }
+      if (scores.mask.data != nullptr) {
+        combine(s, at, sequence, whole, words, scores.mask, !biased,
+                [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
       }
     }
+    if (whole) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       // Relative to this thread's first column: what is compared with them are then constants.
@@ -138,17 +90,16 @@ struct ScoreRule {
   }
 
  private:
-  template <int kRows, int kCols>
-  __device__ __forceinline__ void add_bias(Fragment<kRows, kCols>& s, const Position<>& at,
-                                           const Sequence& sequence) const {
-    if (bias.data == nullptr) return;
-    const auto add = [](float score, float element) { return fmaf(kLog2e, element, score); };
-    if (bias.type == ElementType::kFloat) {
-      for_each_element<float>(s, at, sequence, bias, bias_origin, add);
-    } else if (bias.type == ElementType::kHalf) {
-      for_each_element<__half>(s, at, sequence, bias, bias_origin, add);
-    } else {
-      for_each_element<__nv_bfloat16>(s, at, sequence, bias, bias_origin, add);
+  template <int kRows, int kCols, class Combine>
+  __device__ __forceinline__ void combine(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
+                                          bool whole, ScoreWords<kCols>& words, const ScoreTensor& tensor, bool loaded,
+                                          const Combine& combine) const {
+    const ScoreReader reader(tensor, b, h, at);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r % 2 != 0 && reader.two_rows()) continue;
+      if (r > 0 || !loaded) reader.load(words, r, at, sequence, whole);
+      reader.use(s, words, r, combine);
     }
   }
 };

@@ -24,8 +24,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(&smem.landed);
   const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
   RingPosition<Shape::kSlots> at(1);
-  uint32_t q_parity = 1, landed_parity = 0;
-  unsigned published = 0;
+  uint32_t landed_parity = 0;
 
   const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
   const int cluster = block_index() / Shape::kCluster;
@@ -84,60 +83,71 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     at.advance();
   };
 
-  // The number of the item after this one. In a cluster the first block draws for both, and sends it on.
+  // The number of the item after this one, the `round`-th. In a cluster the first block draws for both, and sends it
+  // on.
   const auto draw = [&] {
     // items - 1 is drawn last, and leaves the counter at 0: each worker draws once for each of its items.
     return clusters + int(increment_global(a.counter, a.order.items - 1));
   };
-  const auto send = [&](int drawn) {
-    const int mailbox = published % kItems;
+  const auto send = [&](int drawn, unsigned round) {
+    const int mailbox = round % kItems;
     store_remote_32(shared_address(&smem.drawn[mailbox]), drawn, shared_address(&smem.drawn_ready[mailbox]), 1);
   };
-  const auto receive = [&] {
-    const int mailbox = published % kItems;
+  const auto receive = [&](unsigned round) {
+    const int mailbox = round % kItems;
     const uint32_t ready = shared_address(&smem.drawn_ready[mailbox]);
     if (elect_one()) mbarrier_arrive_expect(ready, 4);
-    mbarrier_wait(ready, published / kItems % 2);
+    mbarrier_wait(ready, round / kItems % 2);
     return int(load_shared_32(shared_address(&smem.drawn[mailbox])));
+  };
+  // Tells the warpgroups of the `round`-th item, whose queries may be loaded now; without one, that there is no more.
+  const auto publish = [&](const ForwardItem& item, unsigned round) {
+    if (lane_index() == 0) {
+      store_item(item_address(smem, round), item);
+      mbarrier_arrive(item_ready);
+    }
+    warp_barrier();
+    if (item.first_row >= 0) load_query(item);
   };
 
   int number = cluster;
   Interval keys{};
-  ForwardItem item{};
+  ForwardItem item{-1, 0, 0, 0, 0, 0, 0};
   if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+  publish(item, 0);
 #pragma unroll 1
-  while (number < a.order.items) {
+  for (unsigned round = 0; item.first_row >= 0; ++round) {
     int drawn = 0;
     if (a.order.drawn && rank == 0 && lane_index() == 0) drawn = draw();
     const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
-    mbarrier_wait(q_free, q_parity);
-    q_parity ^= 1;
-    if (lane_index() == 0) {
-      store_item(item_address(smem, published), item);
-      mbarrier_arrive(item_ready);
-    }
-    warp_barrier();
-    load_query(item);
     load_keys(item.first_key, kv_head, item.batch);
-    if (Shape::kCluster > 1 && a.order.drawn && rank == 0 && lane_index() == 0) send(drawn);
-    int j = item.first_key;
+    if (Shape::kCluster > 1 && a.order.drawn && rank == 0 && lane_index() == 0) send(drawn, round);
+
+    const ForwardItem now = item;
+    const Interval now_keys = keys;
+    const auto find_next = [&] {
+      number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
+      item.first_row = -1;
+      if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+    };
+    // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
+    const uint32_t q_parity = round % 2;
+    bool published = false;
+    int j = now.first_key;
 #pragma unroll 1
-    for (int t = 1; t < item.key_tiles; ++t, j += Shape::kK) {
-      load_keys(j + Shape::kK, kv_head, item.batch);
-      load_values(j, keys, kv_head, item.batch);
+    for (int t = 1; t < now.key_tiles; ++t, j += Shape::kK) {
+      load_keys(j + Shape::kK, kv_head, now.batch);
+      load_values(j, now_keys, kv_head, now.batch);
+      if (published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
+      find_next();
+      publish(item, round + 1);
+      published = true;
     }
-    // The next item is worked out before the last load, which has to wait for its place anyway.
-    number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive();
-    const Interval last_keys = keys;
-    const int last_batch = item.batch;
-    if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
-    load_values(j, last_keys, kv_head, last_batch);
-    ++published;
-  }
-  mbarrier_wait(q_free, q_parity);
-  if (lane_index() == 0) {
-    store_item(item_address(smem, published), ForwardItem{-1, 0, 0, 0, 0, 0, 0});
-    mbarrier_arrive(item_ready);
+    if (!published) find_next();
+    load_values(j, now_keys, kv_head, now.batch);
+    if (published) continue;
+    mbarrier_wait(q_free, q_parity);
+    publish(item, round + 1);
   }
 }
 
@@ -193,6 +203,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
   Fragment<2, Shape::kValueDim / 4> o;
+  ScoreWords<kScoreCols> ahead;  // of general scores
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
 
@@ -210,6 +221,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     const ForwardItem item = load_item(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
     unmasked = Sequence(a.p.visibility, item.q_len, item.k_len).keys_of_all_rows(row, row + 16);
+    if (kGeneral && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
     softmax.start_row_sums();
   };
   const auto take_query = [&] {
@@ -223,11 +235,11 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         load_matrix_x4(q_registers[step],
                        shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
       }
-      fence_async_shared();  // an arrival alone does not wait for loads: the next queries would land before they read
+      settle_loads(q_registers);
       arrive_for_warp(q_free);
     }
   };
-  // After the products of the last tile of keys.
+  // Queries that are not in registers are read until the last tile of keys is done.
   const auto release_query = [&] {
     if (!Shape::kQueryInRegisters && j + Shape::kK == end) arrive_for_warp(q_free);
   };
@@ -252,14 +264,27 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   const auto pass_turn = [&] {
     named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
   };
+  // What general scores want from memory for the current tile of keys, of the item that was taken last.
+  const auto load_ahead = [&] {
+    if constexpr (kGeneral) {
+      const ForwardItem item = load_item(item_address(smem, taken - 1));
+      const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
+      rule.load_ahead(ahead, Position<>(item.first_row + (warp_index() - 4) * 16, j),
+                      Sequence(a.p.visibility, item.q_len, item.k_len), false);
+    }
+  };
   // Scores of the current tile of keys to probabilities. True: O is to be multiplied by `correction`.
   const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, float (&correction)[2]) {
     s.settle_all();  // or the compiler looks at the scores before their product has been waited for, and serialises it
     if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
       const ForwardItem item = load_item(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-      rule.apply(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-                 Sequence(a.p.visibility, item.q_len, item.k_len));
+      const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
+      const int row = item.first_row + (warp_index() - 4) * 16;
+      rule.apply(s, Position<>(row, j), sequence, rule.is_whole(unmasked, j, j + Shape::kK), ahead);
+      if (const int next = j + Shape::kK; kGeneral && next < end) {
+        rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
+      }
     }
     return softmax.update(s, correction);
   };
@@ -282,6 +307,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     take_query();
     const int k_slot = wait_full();
     issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+    load_ahead();
     wgmma_wait<0>();
     release(k_slot);
     release_query();
@@ -335,6 +361,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const int k_slot = wait_full();
       issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
       pass_turn();
+      load_ahead();
       wgmma_wait<1>();
       release(v_slot);
       store_output<Element, Shape>(a, smem, load_item(done), softmax, o);
@@ -346,7 +373,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       pack_probabilities(s);
     }
   }
-  if (Shape::kStoreByTma && lane_index() == 0) tma_store_wait();
+  if (Shape::kStoreByTma && elect_one()) tma_store_wait();
 }
 
 template <class Element, class Shape, bool kGeneral>

@@ -7,21 +7,6 @@
 
 namespace jfa::sm90 {
 
-// Four lanes hold a 4 x 4 matrix, a row each; afterwards a column each.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {  // exchange off-diagonal elements of pairs, then of pairs of pairs
-    const bool upper = (lane & step) == 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = step == 1 ? 2 * i : i;
-      const uint32_t received = shuffle_xor(upper ? x[n + step] : x[n], step);
-      x[n] = upper ? x[n] : received;
-      x[n + step] = upper ? received : x[n + step];
-    }
-  }
-}
-
 // Writes one warp's 16 finished rows. lse is written for rows inside the tensor, with -inf for those past q_len.
 template <class Element, class Shape>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem,
@@ -46,7 +31,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   if constexpr (Shape::kStoreByTma) {
     using Output = typename ForwardSmem<Shape>::Output;
     const uint32_t to = shared_address(smem.o.warp) + warp * Output::kBytes;
-    if (lane_index() == 0) tma_store_wait_read();  // of the previous item
+    if (elect_one()) tma_store_wait_read();  // of the previous item
     warp_barrier();
 #pragma unroll
     for (int block = 0; block < Shape::kValueDim / 16; ++block) {
@@ -60,7 +45,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
     }
     fence_async_shared();
     warp_barrier();
-    if (lane_index() == 0) {
+    if (elect_one()) {
 #pragma unroll
       for (int c = 0; c < Output::kChunks; ++c) {
         tma_store(a.o, to + c * Output::kChunkBytes, c * kChunkCols, warp_row, item.head, item.batch);

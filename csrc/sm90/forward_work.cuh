@@ -78,8 +78,8 @@ __device__ __forceinline__ ForwardItem forward_item(const ForwardArguments& a, i
   const int tile = order.q_tiles - 1 - rest / heads;
   const int head = first_head + rest % heads;
   ForwardItem item;
-  item.batch = head / a.p.shape.heads;
-  item.head = head % a.p.shape.heads;
+  item.batch = order.batch_fastest ? head % a.p.shape.batch : head / a.p.shape.heads;
+  item.head = order.batch_fastest ? head / a.p.shape.batch : head % a.p.shape.heads;
   const int cluster_row = tile * Shape::kClusterQ;
   item.first_row = cluster_row + rank * Shape::kQ;
   const Sequence sequence(a.p, item.batch);

@@ -131,8 +131,9 @@ constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
 struct WorkOrder {
   int q_tiles = 0;
   int items = 0;
-  int section_heads = 1;  // counted over heads and batch
-  bool drawn = false;     // from a counter, by whichever block is free; otherwise dealt out in turn
+  int section_heads = 1;       // counted over heads and batch
+  bool batch_fastest = false;  // in the numbering of heads
+  bool drawn = false;          // from a counter, by whichever block is free; otherwise dealt out in turn
 };
 
 // `q_tile`: rows of an item.
@@ -141,6 +142,8 @@ inline WorkOrder work_order(const Problem& p, int q_tile) {
   const int64_t heads = int64_t(p.shape.heads) * p.shape.batch;
   order.q_tiles = (p.shape.q_len + q_tile - 1) / q_tile;
   order.items = static_cast<int>(order.q_tiles * heads);
+  // All batch entries may share what is largest, a bias of [1, heads, q_len, k_len].
+  order.batch_fastest = p.scores.bias.data != nullptr && p.scores.bias.batch == 1;
   if (is_dense(p)) {
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
     // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
