@@ -4,6 +4,7 @@
 #include "common/prepare_backward.cuh"
 #include "dispatch.h"
 #include "sm90/family.h"
+#include "sm90/launch_backward_query.cuh"
 
 namespace jfa::sm90 {
 
@@ -12,7 +13,9 @@ Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
     Status status = launch_prepare_backward<Element, Sm90>(p, g, stream);
-    (void)multiprocessors;
+    if (status.ok() && (g.deterministic || kHeadDim >= 192)) {
+      status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
+    }
     return status;
   });
 }
