@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "sm90/backward.cuh"
 #include "sm90/family.h"
+#include "sm90/launch_backward_query.cuh"
 #include "sm90/store_dq.cuh"
 
 namespace jfa::sm90 {
@@ -53,6 +54,9 @@ Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors
         using Shape = typename decltype(tile)::type;
         return launch_key_gradients<Element, Shape, general.value>(p, g, multiprocessors, stream);
       });
+    }
+    if (status.ok() && (g.deterministic || kHeadDim > 128)) {
+      status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
     }
     return status;
   });
