@@ -8,6 +8,7 @@
 #include "sm90/backward.cuh"
 #include "sm90/family.h"
 #include "sm90/launch_backward_query.cuh"
+#include "sm90/launch_backward_wide.cuh"
 #include "sm90/store_dq.cuh"
 
 namespace jfa::sm90 {
@@ -54,6 +55,8 @@ Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors
         using Shape = typename decltype(tile)::type;
         return launch_key_gradients<Element, Shape, general.value>(p, g, multiprocessors, stream);
       });
+    } else {
+      status = launch_backward_wide<Element, kHeadDim>(p, g, g.counters, multiprocessors, stream);
     }
     if (status.ok() && (g.deterministic || kHeadDim > 128)) {
       status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
