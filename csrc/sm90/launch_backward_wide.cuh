@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "sm90/backward_wide.cuh"
 
 namespace jfa::sm90 {
