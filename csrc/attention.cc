@@ -15,6 +15,13 @@ using HeadDims = IntList<JFA_HEAD_DIMS>;
 constexpr int64_t kForwardScratchFloats = 1;
 static_assert(sizeof(float) == sizeof(uint32_t), "the counter takes one float's place");
 
+// Of Gradients: enough for every family, so that it depends on no device.
+template <int kHeadDim>
+int64_t cleared_floats(const Problem& p, const Gradients& g) {
+  if (g.deterministic) return kBackwardCounters;
+  return std::max(sm80::dq_accumulator_floats<kHeadDim>(p), sm90::dq_accumulator_floats<kHeadDim>(p)) +
+         kBackwardCounters;
+}
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 
 // Checks what every family relies on, and calls f with the compiled head dim.
@@ -40,7 +47,7 @@ struct Family {
   std::string why;
 };
 
-Status choose_family(const std::string& name, bool is_backward, const Device& device, Family& family) {
+Status choose_family(const std::string& name, const Device& device, Family& family) {
   constexpr int kOldest = 80;
   constexpr int kHopper = 90;  // its machine code runs on no other GPU, newer ones included
   const std::string capability =
@@ -51,8 +58,6 @@ Status choose_family(const std::string& name, bool is_backward, const Device& de
   std::string against;
   if (!sm90::kBuilt) {
     against = "this build has no sm90 kernels";
-  } else if (is_backward) {
-    against = "sm90 has no backward kernels";
   } else if (device.compute_capability != kHopper) {
     against = "sm90 kernels need compute capability 9.0, and the device has " + capability;
   }
@@ -115,7 +120,7 @@ Status check_scratch(int64_t given, int64_t needed) {
 
 Status plan_forward(const Problem& p, const std::string& family_name, const Device& device, Plan& plan) {
   Family family;
-  const Status status = choose_family(family_name, false, device, family);
+  const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
     plan.scratch_floats = kForwardScratchFloats;
@@ -131,10 +136,10 @@ Status plan_forward(const Problem& p, const std::string& family_name, const Devi
 Status plan_backward(const Problem& p, const Gradients& g, const std::string& family_name, const Device& device,
                      Plan& plan) {
   Family family;
-  const Status status = choose_family(family_name, true, device, family);
+  const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    plan.scratch_floats = delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p));
+    plan.scratch_floats = cleared_floats<dim.value>(p, g) + delta_floats(p);
     describe_tile<sm80::BackwardTile<dim.value>>(dim.value, plan);
     return finish_plan(p, family, device, plan);
   });
@@ -146,7 +151,7 @@ Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const s
   Family family;
   Status status = current_device(device);
   if (status.ok()) status = check_scratch(scratch_floats, kForwardScratchFloats);
-  if (status.ok()) status = choose_family(family_name, false, device, family);
+  if (status.ok()) status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
     if constexpr (sm90::kBuilt) {
@@ -163,15 +168,21 @@ Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_f
   Device device;
   Family family;
   Status status = current_device(device);
-  if (status.ok()) status = choose_family(family_name, true, device, family);
+  if (status.ok()) status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    const Status enough = check_scratch(
-        scratch_floats, delta_floats(p) + (g.deterministic ? 0 : sm80::dq_accumulator_floats<dim.value>(p)));
-    if (!enough.ok()) return enough;
-    g.delta = scratch;
-    g.dq_accumulator = g.deterministic ? nullptr : scratch + delta_floats(p);
-    return sm80::launch_backward<dim.value>(p, g, stream);
+    g.cleared_floats = cleared_floats<dim.value>(p, g);
+    Status launched = check_scratch(scratch_floats, g.cleared_floats + delta_floats(p));
+    if (!launched.ok()) return launched;
+    g.dq_accumulator = scratch;
+    g.counters = reinterpret_cast<uint32_t*>(scratch + g.cleared_floats - kBackwardCounters);
+    g.delta = scratch + g.cleared_floats;
+    if constexpr (sm90::kBuilt) {
+      if (family.hopper) launched = sm90::launch_backward<dim.value>(p, g, device.multiprocessors, stream);
+    }
+    if (!family.hopper) launched = sm80::launch_backward<dim.value>(p, g, stream);
+    if (launched.ok()) launched = sm80::launch_bias<dim.value>(p, g, stream);
+    return launched;
   });
 }
 

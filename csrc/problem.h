@@ -73,13 +73,19 @@ struct Problem {
   Visibility visibility;
 };
 
+constexpr int kBackwardCounters = 4;
+
 struct Gradients {
   Tensor d_o, dq, dk, dv;
   const float* d_lse = nullptr;  // [batch, heads, q_len]; absent: 0
   ScoreTensor d_bias;            // f32, the bias's own extents; absent: not wanted
   bool deterministic = false;
-  float* delta = nullptr;           // scratch [batch, heads, q_len]: rowsum(dO o) - dLSE
-  float* dq_accumulator = nullptr;  // scratch, unless deterministic; sm80/tiles.h says how large
+  // Scratch. The accumulator and the counters lie next to each other and are zeros when the first kernel has run.
+  float* dq_accumulator =
+      nullptr;                   // of dQ in f32, in whole tiles in an order of the family's own; unless deterministic
+  uint32_t* counters = nullptr;  // [kBackwardCounters] of work items
+  int64_t cleared_floats = 0;    // of both, a multiple of 4
+  float* delta = nullptr;        // [batch, heads, q_len]: rowsum(dO o) - dLSE
 };
 
 }  // namespace jfa

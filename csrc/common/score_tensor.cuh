@@ -16,20 +16,22 @@ struct ScoreWords {
   uint32_t v[kCols];
 };
 
-// The rows of one batch entry and head.
+// What belongs to one batch entry and head. Transposed: the fragment's rows are keys, its columns queries.
+template <bool kTransposed>
 struct ScoreReader {
   const unsigned char* data;
-  int64_t q_stride;
-  int k_stride;
+  int64_t row_stride, col_stride;
   ElementType type;
   bool in_pairs;  // rows are even in length and in their beginnings: no pair of neighbours crosses an end
 
   __device__ __forceinline__ ScoreReader(const ScoreTensor& tensor, int b, int h, const Position<>& at)
-      : q_stride(tensor.q_stride), k_stride(tensor.k_stride), type(tensor.type) {
+      : row_stride(kTransposed ? tensor.k_stride : tensor.q_stride),
+        col_stride(kTransposed ? tensor.q_stride : tensor.k_stride),
+        type(tensor.type) {
     const int bytes = type == ElementType::kFloat ? 4 : type == ElementType::kBool ? 1 : 2;
     data = static_cast<const unsigned char*>(tensor.data) + (b * tensor.batch_stride + h * tensor.head_stride) * bytes;
-    in_pairs = k_stride == 1 && tensor.k_len % 2 == 0 && q_stride % 2 == 0 && at.first_col % 2 == 0 &&
-               reinterpret_cast<uintptr_t>(data) % (2 * bytes) == 0;
+    in_pairs = !kTransposed && col_stride == 1 && tensor.k_len % 2 == 0 && row_stride % 2 == 0 &&
+               at.first_col % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * bytes) == 0;
   }
 
   // Whether a round has two rows.
@@ -81,10 +83,10 @@ struct ScoreReader {
   }
 
  private:
-  // Keys that row i sees, counted from the thread's first column: what is compared with them are then constants.
-  __device__ __forceinline__ static Interval columns(int i, const Position<>& at, const Sequence& sequence) {
-    const Interval keys = sequence.keys(i);
-    return {keys.begin - at.first_col, keys.end - at.first_col};
+  // What a row sees, counted from the thread's first column: what is compared with them are then constants.
+  __device__ __forceinline__ static Interval columns(int row, const Position<>& at, const Sequence& sequence) {
+    const Interval visible = kTransposed ? sequence.rows_of_keys(row, row + 1) : sequence.keys(row);
+    return {visible.begin - at.first_col, visible.end - at.first_col};
   }
   template <class Pair, bool kWhole, int kCols>
   __device__ __forceinline__ void load_pairs(ScoreWords<kCols>& words, int first, const Position<>& at,
@@ -93,7 +95,7 @@ struct ScoreReader {
     for (int r = 0; r < 2; ++r) {
       const int i = at.row(first + r);
       const Interval cols = columns(i, at, sequence);
-      const Pair* row = reinterpret_cast<const Pair*>(data + (i * q_stride + at.first_col) * (sizeof(Pair) / 2));
+      const Pair* row = reinterpret_cast<const Pair*>(data + (i * row_stride + at.first_col) * (sizeof(Pair) / 2));
 #pragma unroll
       for (int n = 0; n < kCols / 2; ++n) {
         const int col = Position<>::col_offset(2 * n);
@@ -107,11 +109,11 @@ struct ScoreReader {
                                            const Sequence& sequence) const {
     const int i = at.row(r);
     const Interval cols = columns(i, at, sequence);
-    const Word* row = reinterpret_cast<const Word*>(data) + i * q_stride + int64_t(at.first_col) * k_stride;
+    const Word* row = reinterpret_cast<const Word*>(data) + i * row_stride + at.first_col * col_stride;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       const int col = Position<>::col_offset(c);
-      words.v[c] = cols.contains(col) ? load_global(row + col * k_stride) : 0;
+      words.v[c] = cols.contains(col) ? load_global(row + col * col_stride) : 0;
     }
   }
   template <int kRows, int kCols, class Combine, class Unpack>

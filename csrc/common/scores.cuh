@@ -43,7 +43,7 @@ struct ScoreRule {
   __device__ __forceinline__ void load_ahead(ScoreWords<kCols>& words, const Position<>& at, const Sequence& sequence,
                                              bool whole) const {
     const ScoreTensor& first = scores.bias.data != nullptr ? scores.bias : scores.mask;
-    if (first.data != nullptr) ScoreReader(first, b, h, at).load(words, 0, at, sequence, whole);
+    if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, at, sequence, whole);
   }
 
   // Products to scores, in place. Call it where needs_mask() holds.
@@ -58,48 +58,63 @@ struct ScoreRule {
   template <int kRows, int kCols>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
                                         bool whole, ScoreWords<kCols>& words) const {
+    scale_bias_and_mask<false>(s, at, sequence, whole, words);
+    if (whole) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+  }
+  // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                   const Sequence& sequence) const {
+    ScoreWords<kCols> words;
+    scale_bias_and_mask<true>(s, at, sequence, false, words);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int j = opaque(at.row(r));
+      hide_outside(s, r, at, sequence.rows_of_keys(j, j + 1));
+    }
+  }
+
+ private:
+  // Keeps of one row the columns of an interval.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
+                                                      const Interval& visible) {
+    // Relative to this thread's first column: what is compared with them are then constants.
+    const int begin = visible.begin - at.first_col;
+    const int end = visible.end - at.first_col;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
+    if (begin <= 0) return;  // of keys, only windows have an edge there
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
+  }
+
+  // The first round of `words` has been loaded, except of what is transposed.
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ __forceinline__ void scale_bias_and_mask(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                      const Sequence& sequence, bool whole,
+                                                      ScoreWords<kCols>& words) const {
     if constexpr (kGeneral) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
       }
-      const bool biased = scores.bias.data != nullptr;
-      if (biased) {
-        combine(s, at, sequence, whole, words, scores.bias, true,
-                [](float score, float element) { return fmaf(kLog2e, element, score); });
-      }
-      if (scores.mask.data != nullptr) {
-        combine(s, at, sequence, whole, words, scores.mask, !biased,
-                [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
-      }
-    }
-    if (whole) return;
+      const auto combine = [&](const ScoreTensor& tensor, bool loaded, const auto& with) {
+        if (tensor.data == nullptr) return;
+        const ScoreReader<kTransposed> reader(tensor, b, h, at);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      // Relative to this thread's first column: what is compared with them are then constants.
-      const Interval keys = sequence.keys(opaque(at.row(r)));
-      const int begin = keys.begin - at.first_col;
-      const int end = keys.end - at.first_col;
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
-      if (begin <= 0) continue;  // only windows have an edge there
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
-    }
-  }
-
- private:
-  template <int kRows, int kCols, class Combine>
-  __device__ __forceinline__ void combine(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
-                                          bool whole, ScoreWords<kCols>& words, const ScoreTensor& tensor, bool loaded,
-                                          const Combine& combine) const {
-    const ScoreReader reader(tensor, b, h, at);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r % 2 != 0 && reader.two_rows()) continue;
-      if (r > 0 || !loaded) reader.load(words, r, at, sequence, whole);
-      reader.use(s, words, r, combine);
+        for (int r = 0; r < kRows; ++r) {
+          if (r % 2 != 0 && reader.two_rows()) continue;
+          if (r > 0 || !loaded) reader.load(words, r, at, sequence, whole);
+          reader.use(s, words, r, with);
+        }
+      };
+      combine(scores.bias, !kTransposed, [](float score, float element) { return fmaf(kLog2e, element, score); });
+      combine(scores.mask, !kTransposed && scores.bias.data == nullptr,
+              [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
     }
   }
 };

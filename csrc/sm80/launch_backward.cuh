@@ -1,10 +1,9 @@
-// Host side of the portable backward: delta, then dK and dV with dQ's accumulator, then dQ, then the bias gradient.
+// Host side of the portable backward: delta, then dK and dV with dQ's accumulator, then dQ.
 #pragma once
 
-#include "common/backward_aux.cuh"
+#include "common/prepare_backward.cuh"
 #include "dispatch.h"
 #include "sm80/backward.cuh"
-#include "sm80/backward_bias.cuh"
 #include "sm80/backward_query.cuh"
 #include "sm80/family.h"
 
@@ -24,16 +23,6 @@ Status launch_dq(const Problem& p, const Gradients& g, cudaStream_t stream) {
                 Grid{blocks, Shape::kThreads, sizeof(Tile<Shape::kQ, kHeadDim>)}, stream, p, g);
 }
 
-template <class Element, int kHeadDim>
-Status launch_bias(const Problem& p, const Gradients& g, cudaStream_t stream) {
-  if (g.d_bias.data == nullptr) return Status::Ok();
-  using Shape = RecomputeTile<kHeadDim>;
-  const int64_t planes = int64_t(g.d_bias.batch) * g.d_bias.heads;
-  return launch("jax_flashattn sm80 backward_bias", backward_bias<Element, kHeadDim>,
-                Grid{planes * BiasTiles<Shape>(p, g.d_bias).count(), Shape::kThreads, sizeof(RecomputeSmem<kHeadDim>)},
-                stream, p, g);
-}
-
 template <int kHeadDim>
 Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream) {
   using Shape = BackwardTile<kHeadDim>;
@@ -41,26 +30,16 @@ Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream
   static_assert(sizeof(Smem) == Shape::kSharedBytes, "tiles.h and the kernel disagree");
   static_assert(sizeof(Smem) <= kSharedMemoryLimit && sizeof(RecomputeSmem<kHeadDim>) <= kSharedMemoryLimit,
                 "a tile of tiles.h exceeds the shared memory of sm_86");
-  const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
-  const int64_t rows_per_block = kDeltaThreads / delta_lanes_per_row(p.shape.value_dim);
   const int64_t key_tiles = int64_t(ceil_div(p.shape.k_len, Shape::kK)) * p.shape.kv_heads * p.shape.batch;
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
-    Status status = launch("jax_flashattn compute_delta", compute_delta<Element>,
-                           Grid{(rows + rows_per_block - 1) / rows_per_block, kDeltaThreads, 0}, stream, p, g);
+    Status status = launch_prepare_backward<Element, Sm80>(p, g, stream);
     if (!status.ok()) return status;
-    if (!g.deterministic && rows > 0) {
-      status =
-          cuda_status(cudaMemsetAsync(g.dq_accumulator, 0, dq_accumulator_floats<kHeadDim>(p) * sizeof(float), stream),
-                      "jax_flashattn: clearing the accumulator of dq");
-      if (!status.ok()) return status;
-    }
     status = with_bool(is_general(p.scores), [&](auto general) {
       return launch("jax_flashattn sm80 backward", backward<Element, kHeadDim, general.value>,
                     Grid{key_tiles, Shape::kThreads, sizeof(Smem)}, stream, p, g);
     });
     if (status.ok()) status = launch_dq<Element, kHeadDim>(p, g, stream);
-    if (status.ok()) status = launch_bias<Element, kHeadDim>(p, g, stream);
     return status;
   });
 }

@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "launch.h"
 #include "problem.h"
+#include "sm90/backward_tiles.h"
 #include "sm90/tiles.h"
 
 namespace jfa::sm90 {
@@ -18,9 +19,15 @@ constexpr bool kBuilt = true;
 constexpr bool kBuilt = false;
 #endif
 
+struct Sm90 {};  // names this family's copies of common kernels
+
 // `counter`: scratch, one number.
 template <int kHeadDim>
 Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, cudaStream_t stream);
+
+// Everything but the bias gradient.
+template <int kHeadDim>
+Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream);
 
 // Calls f(Type<ForwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
 template <int kHeadDim, class F>

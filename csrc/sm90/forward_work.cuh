@@ -61,15 +61,15 @@ __device__ __forceinline__ ForwardItem load_item(uint32_t from) {
   for (int i = 0; i < 7; ++i) words[i] = load_shared_32(from + 4 * i);
   return {words[0], words[1], words[2], words[3], words[4], words[5], words[6]};
 }
-template <class Shape>
-__device__ __forceinline__ uint32_t item_address(const ForwardSmem<Shape>& smem, unsigned count) {
+template <class Smem>
+__device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned count) {
   return shared_address(smem.items) + count % kItems * kItemBytes;
 }
 
 // The item with that number, as block `rank` of a cluster works on it: sections of heads, in each of them the last
 // query tiles of all heads first. `keys` are those that the rows of the whole cluster see.
-template <class Shape>
-__device__ __forceinline__ ForwardItem forward_item(const ForwardArguments& a, int number, int rank, Interval& keys) {
+template <class Shape, class Arguments>
+__device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
   const WorkOrder& order = a.order;
   const int section = number / (order.section_heads * order.q_tiles);
   const int first_head = section * order.section_heads;

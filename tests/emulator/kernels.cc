@@ -69,7 +69,9 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
 
 #include "attention.cc"
 #include "sm80/launch_backward.cuh"
+#include "sm80/launch_bias.cuh"
 #include "sm80/launch_forward.cuh"
+#include "sm90/launch_backward.cuh"
 #include "sm90/launch_forward.cuh"
 
 namespace {

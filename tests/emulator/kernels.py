@@ -121,8 +121,6 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         if bias is not None:
             d_bias = np.full(bias.shape, np.nan, np.float32)
             call.d_bias = _scores(memory.output("d_bias", d_bias), d_bias)
-        # The Hopper family has no backward.
-        family = "auto" if family == "sm90" else family
         _add_scratch(memory, call, family, "scratch", is_backward=True)
         memory.call("attention_backward", ctypes.byref(call), family.encode())
         results |= gradient

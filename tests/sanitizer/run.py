@@ -26,9 +26,13 @@ CSRC = HERE.parents[1] / "csrc"
 PASSES = {  # of a family, and their arguments; the slowest to compile first
     "sm80": {
         "backward": "const Problem&, const Gradients&, cudaStream_t",
+        "bias": "const Problem&, const Gradients&, cudaStream_t",
         "forward": "const Problem&, cudaStream_t",
     },
-    "sm90": {"forward": "const Problem&, uint32_t*, int, cudaStream_t"},
+    "sm90": {
+        "backward": "const Problem&, const Gradients&, int, cudaStream_t",
+        "forward": "const Problem&, uint32_t*, int, cudaStream_t",
+    },
 }
 UNDER_TOOLS = {  # globs of the cases of one head dim
     "sm80": ["*-{}-bf16-sm80", "plain-{}-f16-sm80"],

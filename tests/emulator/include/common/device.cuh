@@ -94,6 +94,12 @@ inline T copy_from(const unsigned char* bytes) {
 inline float load_shared_f32(uint32_t address, Site site = {}) {
   return copy_from<float>(emulator::machine().read_shared(address, 4, {"load_shared_f32", site}));
 }
+inline float2 load_shared_f32x2(uint32_t address, Site site = {}) {
+  return copy_from<float2>(emulator::machine().read_shared(address, 8, {"load_shared_f32x2", site}));
+}
+inline float4 load_shared_f32x4(uint32_t address, Site site = {}) {
+  return copy_from<float4>(emulator::machine().read_shared(address, 16, {"load_shared_f32x4", site}));
+}
 inline uint32_t load_shared_32(uint32_t address, Site site = {}) {
   return copy_from<uint32_t>(emulator::machine().read_shared(address, 4, {"load_shared_32", site}));
 }
@@ -102,6 +108,9 @@ inline uint4 load_shared_128(uint32_t address, Site site = {}) {
 }
 inline void store_shared_f32(uint32_t address, float value, Site site = {}) {
   memcpy(emulator::machine().write_shared(address, 4, {"store_shared_f32", site}), &value, 4);
+}
+inline void store_shared_f32x4(uint32_t address, float4 value, Site site = {}) {
+  memcpy(emulator::machine().write_shared(address, 16, {"store_shared_f32x4", site}), &value, 16);
 }
 inline void store_shared_32(uint32_t address, uint32_t value, Site site = {}) {
   memcpy(emulator::machine().write_shared(address, 4, {"store_shared_32", site}), &value, 4);

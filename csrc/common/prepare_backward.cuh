@@ -1,30 +1,33 @@
 // Before a backward:  delta = rowsum(dO o) - dLSE,  the term by which dS = P (dP - delta) leaves the softmax's tangent
-// space; a gradient of the log-sum-exp enters here and nowhere else, since d lse / ds = P.
+// space; a gradient of the log-sum-exp enters here and nowhere else, since d lse / ds = P. And zeros where the backward
+// accumulates and counts.
 //
 // A row is read by as many lanes as it has chunks of 16 bytes, rounded up to a power of two.
 #pragma once
 
+#include <algorithm>
+
 #include "common/fragment.cuh"
 #include "common/math.cuh"
 #include "common/schedule.cuh"
+#include "launch.h"
 #include "problem.h"
 
 namespace jfa {
 
-constexpr int kDeltaThreads = 256;
+constexpr int kPrepareThreads = 256;
 
-__host__ __device__ inline int delta_lanes_per_row(int value_dim) {
-  int lanes = 1;
-  while (lanes * 8 < value_dim) lanes *= 2;
-  return lanes;
-}
-
-template <class Element>
-__global__ void __launch_bounds__(kDeltaThreads)
-    compute_delta(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
-  const int lanes = delta_lanes_per_row(p.shape.value_dim);
+// `Family` keeps the families' copies apart: they are compiled for different GPUs.
+template <class Element, class Family>
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_backward(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, int lanes) {
   const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
-  const int64_t x = (int64_t(block_index()) * kDeltaThreads + thread_index()) / lanes;  // (b, i, h), h fastest
+  const int64_t thread = int64_t(block_index()) * kPrepareThreads + thread_index();
+  for (int64_t n = thread; n < g.cleared_floats / 4; n += int64_t(grid_blocks()) * kPrepareThreads) {
+    store_global(reinterpret_cast<uint4*>(g.dq_accumulator) + n, uint4{0, 0, 0, 0});
+  }
+  if (rows == 0) return;
+  const int64_t x = thread / lanes;  // (b, i, h), h fastest
   const int h = x % p.shape.heads;
   const int i = x / p.shape.heads % p.shape.q_len;
   const int b = x / p.shape.heads / p.shape.q_len;
@@ -48,6 +51,16 @@ __global__ void __launch_bounds__(kDeltaThreads)
     const int64_t at = (int64_t(b) * p.shape.heads + h) * p.shape.q_len + i;
     store_global(g.delta + at, g.d_lse == nullptr ? delta : delta - load_global(g.d_lse + at));
   }
+}
+
+template <class Element, class Family>
+Status launch_prepare_backward(const Problem& p, const Gradients& g, cudaStream_t stream) {
+  int lanes = 1;
+  while (lanes * 8 < p.shape.value_dim) lanes *= 2;
+  const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
+  const int64_t blocks = (rows * lanes + kPrepareThreads - 1) / kPrepareThreads;
+  return launch("jax_flashattn prepare_backward", prepare_backward<Element, Family>,
+                Grid{std::max<int64_t>(blocks, 1), kPrepareThreads, 0}, stream, p, g, lanes);
 }
 
 }  // namespace jfa

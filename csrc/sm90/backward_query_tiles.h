@@ -1,0 +1,93 @@
+// The shapes that the kernel for dQ is compiled in, and the one function that chooses among them.
+#pragma once
+
+#include "dispatch.h"
+#include "sm90/tiles.h"
+
+namespace jfa::sm90 {
+
+// A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Q and dO have kQueryPlaces in
+// shared memory; tiles of kK keys, and of their values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is
+// needed until the scores of the next one have been issued: two places are the least for them, for values one.
+template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kQueryPlaces_, int kKeyPlaces_,
+          int kValuePlaces_>
+struct BackwardQueryTile {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kQ = kWarpgroups * kWarpgroupRows;
+  static constexpr int kClusterQ = kQ;  // rows of one item
+  static constexpr int kK = kK_;
+  static constexpr int kQueryPlaces = kQueryPlaces_;
+  static constexpr int kKeyPlaces = kKeyPlaces_;
+  static constexpr int kValuePlaces = kValuePlaces_;
+  static_assert(kQueryPlaces <= 2, "items are published for two");
+  static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
+  static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  // Registers of a thread, as in ForwardTile.
+  static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : 240;
+  static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <= (kWarpgroups + 1) * kStartRegisters,
+                "the warpgroups of a block do not have that many registers together");
+
+  static constexpr int kWideHeadDim = (kHeadDim + 63) / 64 * 64;  // in shared memory, in whole chunks of 64 columns
+  static constexpr int kWideValueDim = (kValueDim + 63) / 64 * 64;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kSharedBytes = 2 * kQueryPlaces * kQ * (kWideHeadDim + kWideValueDim) +
+                                      2 * kK * (kKeyPlaces * kWideHeadDim + kValuePlaces * kWideValueDim) +
+                                      kBarrierBytes;
+};
+
+// For each pair of head dim and value dim. With general scores a thread holds its part of a tile's bias as well.
+template <int kHeadDim, int kValueDim>
+struct BackwardQueryTiles;
+
+template <>
+struct BackwardQueryTiles<64, 64> {
+  using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;
+  using General = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4>;
+};
+template <>
+struct BackwardQueryTiles<96, 96> {
+  using Plain = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2>;
+  using General = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3>;
+};
+template <>
+struct BackwardQueryTiles<128, 128> {
+  using Plain = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2>;
+  using General = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3>;
+};
+template <>
+struct BackwardQueryTiles<192, 128> {
+  using Plain = BackwardQueryTile<192, 128, 2, 80, 1, 3, 2>;
+  using General = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4>;
+};
+template <>
+struct BackwardQueryTiles<192, 192> {
+  using Plain = BackwardQueryTile<192, 192, 2, 80, 1, 2, 2>;
+  using General = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3>;
+};
+template <>
+struct BackwardQueryTiles<256, 256> {
+  using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;
+  using General = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3>;
+};
+
+// Calls f(Type<BackwardQueryTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
+// general.
+template <int kHeadDim, class F>
+Status with_backward_query_tile(const Problem& p, F&& f) {
+  const auto with_value_dim = [&](auto value_dim) {
+    using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
+    if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    return f(Type<typename Tiles::Plain>{}, std::false_type{});
+  };
+  if constexpr (kHeadDim == 192) {
+    if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});
+  }
+  return with_value_dim(std::integral_constant<int, kHeadDim>{});
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,414 @@
+// dK and dV of the backward, Hopper family, for head dims whose dK and dV of 64 keys do not fit one warpgroup's
+// registers together:  dV = P^T dO,  dK = scale dS^T Q  with  P = 2^(S factor - lse),  dS = P (dO V^T - delta).
+//
+// Persistent blocks. An item is a tile of 64 keys of one head: it passes over the query tiles that see the keys, for
+// each query head of the group in turn. Two warps load, one Q (and K once an item), one dO (and V). Two warpgroups
+// compute, both transposed, so that the operands they make stay in registers:
+//   the values'  S^T = K Q^T,    P^T from it, dV += P^T dO
+//   the keys'    dP^T = V dO^T,  dS^T from it and from P^T, which the values' gives it through shared memory,
+//                dK += dS^T Q
+// Each issues the first product of step n + 1 before the accumulation of step n, and works on the elements of the
+// former under the latter. Between two items the old one's epilogue runs under the first product of the new.
+#pragma once
+
+#include "common/scores.cuh"
+#include "common/softmax.cuh"
+#include "sm90/backward_wide_work.cuh"
+#include "sm90/store_rows.cuh"
+
+namespace jfa::sm90 {
+
+// The role of a warp that loads. That of the queries also numbers the work.
+template <class Shape, bool kOfQueries>
+__device__ __forceinline__ void load_stream(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
+  using Stream = BackwardWideStream<Shape, kOfQueries>;
+  using Resident = typename Stream::Resident;
+  using Streamed = typename Stream::Streamed;
+  const Stream stream(smem);
+  const uint32_t items = shared_address(smem.items);
+  const uint32_t item_full = shared_address(smem.item_full), item_free = shared_address(smem.item_free);
+  const jfa::Shape& shape = a.p.shape;
+  const int group = shape.heads / shape.kv_heads;
+  RingPosition<Shape::kStages> at(1);
+  RingPosition<kBackwardWideItems> item_at(kOfQueries ? 1 : 0);
+  uint32_t resident_parity = 1, landed_parity = 0;
+  int number = block_index();
+
+  // Rows from `row` on, with their statistics. Rows that see no key of the tile become zeros: what lies there belongs
+  // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros.
+  const auto load_rows = [&](int row, int head, int batch, int end_row) {
+    constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
+    const float* source =
+        (kOfQueries ? a.p.lse : a.g.delta) + (int64_t(batch) * shape.heads + head) * shape.q_len + row;
+    float statistics[kRowsPerLane];
+#pragma unroll
+    for (int n = 0; n < kRowsPerLane; ++n) {
+      const int x = lane_index() + n * kWarpThreads;
+      const bool inside = row + x < end_row;
+      statistics[n] = inside ? load_global(source + x) : kOfQueries ? minus_infinity() : 0.0f;
+    }
+    mbarrier_wait(stream.free + 8 * at.slot, at.parity);
+#pragma unroll
+    for (int n = 0; n < kRowsPerLane; ++n) {
+      store_shared_f32(stream.statistics + (at.slot * Shape::kQ + lane_index() + n * kWarpThreads) * 4,
+                       kOfQueries ? lse_in_log2_units(statistics[n]) : statistics[n]);
+    }
+    warp_barrier();
+    const bool whole = end_row >= min(row + Shape::kQ, shape.q_len);
+    const uint32_t full = stream.full + 8 * at.slot;
+    const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
+    if (elect_one()) {
+      const uint32_t mbarrier = whole ? full : stream.landed;
+      mbarrier_arrive_expect(mbarrier, Streamed::kBytes);
+#pragma unroll
+      for (int c = 0; c < Streamed::kChunks; ++c) {
+        tma_load(to + c * Streamed::kChunkBytes, kOfQueries ? a.q : a.d_o, mbarrier, c * kChunkCols, row, head, batch);
+      }
+    }
+    if (!whole) {
+      mbarrier_wait(stream.landed, landed_parity);
+      landed_parity ^= 1;
+#pragma unroll 1
+      for (int x = end_row - row; x < Shape::kQ; ++x) {
+#pragma unroll 1
+        for (int chunk = lane_index(); chunk < Streamed::kChunks * 8; chunk += kWarpThreads) {
+          store_shared_128(to + Streamed::offset_bytes(x, chunk), uint4{0, 0, 0, 0});
+        }
+      }
+      fence_async_shared();
+      arrive_for_warp(full);
+    }
+    at.advance();
+  };
+  const auto load_resident = [&](int first_key, int head, int batch) {
+    mbarrier_wait(stream.resident_free, resident_parity);
+    resident_parity ^= 1;
+    if (!elect_one()) return;
+    mbarrier_arrive_expect(stream.resident_full, Resident::kBytes);
+#pragma unroll
+    for (int c = 0; c < Resident::kChunks; ++c) {
+      tma_load(stream.resident + c * Resident::kChunkBytes, kOfQueries ? a.k : a.v, stream.resident_full,
+               c * kChunkCols, first_key, head, batch);
+    }
+  };
+
+#pragma unroll 1
+  while (true) {
+    const uint32_t item_bytes = items + item_at.slot * kBackwardWideItemWords * 4;
+    int drawn = 0;
+    if constexpr (kOfQueries) {
+      const BackwardWideItem item = backward_wide_item<Shape>(a, number);
+      mbarrier_wait(item_free + 8 * item_at.slot, item_at.parity);
+      if (lane_index() == 0) {
+        store_item(item_bytes, item);
+        mbarrier_arrive(item_full + 8 * item_at.slot);
+        if (item.first_key >= 0) drawn = grid_blocks() + int(increment_global(a.counter, 0xffffffff));
+      }
+      warp_barrier();
+    } else {
+      mbarrier_wait(item_full + 8 * item_at.slot, item_at.parity);
+    }
+    const BackwardWideItem item = load_backward_wide_item(item_bytes);
+    if constexpr (!kOfQueries) arrive_for_warp(item_free + 8 * item_at.slot);
+    item_at.advance();
+    if (item.first_key < 0) break;
+    bool first = true;
+#pragma unroll 1
+    for (int head = item.head * group; head < (item.head + 1) * group; ++head) {
+      int row = item.first_row;
+#pragma unroll 1
+      for (int t = 0; t < item.tiles; ++t, row += Shape::kQ) {
+        load_rows(row, head, item.batch, item.end_row);
+        if (first) load_resident(item.first_key, item.head, item.batch);
+        first = false;
+      }
+    }
+    if constexpr (kOfQueries) number = broadcast(drawn);
+  }
+}
+
+// Writes a warp's 16 finished rows of dK or dV, times `factor`; those past k_len are zero, not what 0 x NaN made of
+// them.
+template <class Element, int kCols>
+__device__ __forceinline__ void store_key_gradient(const BackwardWideItem& item, Fragment<2, kCols>& x, float factor,
+                                                   const Tensor& to, int length, int dim) {
+  const int row = item.first_key + thread_index() % kWarpgroupThreads / kWarpThreads * 16;
+  if (row + 16 > item.k_len) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (Position<>(row, 0).row(r) < item.k_len) continue;
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) x.v[r][c] = 0.0f;
+    }
+  }
+  const float factors[2] = {factor, factor};
+  store_rows<Element>(x, factors, to, item.batch, item.head, row, length, dim);
+}
+
+// The role of a warpgroup that computes: of the values (S, P and dV) or of the keys (dP, dS and dK).
+template <class Element, class Shape, bool kGeneral, bool kOfValues>
+__device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
+  using First = BackwardWideStream<Shape, kOfValues>;    // of the first product
+  using Second = BackwardWideStream<Shape, !kOfValues>;  // of the accumulation
+  constexpr int kFirstUnits = First::Streamed::kBytes / 16, kSecondUnits = Second::Streamed::kBytes / 16;
+  constexpr int kOutCols = Second::kDim / 4;
+  const First first(smem);
+  const Second second(smem);
+  const uint32_t resident = descriptor(first.resident);
+  const uint32_t streamed = descriptor(first.streamed);
+  const uint32_t columns = descriptor(second.streamed, Second::Streamed::kChunkBytes);
+  const uint32_t item_full = shared_address(smem.item_full), item_free = shared_address(smem.item_free);
+  const uint32_t p_full = shared_address(smem.p_full), p_free = shared_address(smem.p_free);
+  const int group = a.p.shape.heads / a.p.shape.kv_heads;
+  const bool one_thread = thread_index() % kWarpgroupThreads == 0;
+
+  RingPosition<Shape::kStages> first_at(0), second_at(0);
+  RingPosition<Shape::kPlaces> p_at(kOfValues ? 1 : 0);
+  RingPosition<kBackwardWideItems> item_at(0);
+  uint32_t resident_parity = 0;
+  int steps = 0, row = 0, tile = 0, head = 0;  // of the current item; the last three of the current step
+  Interval unmasked{};                         // rows that see all keys
+  Fragment<2, kOutCols> out;
+  uint32_t operand[Shape::kQ / 16][4];  // P^T or dS^T
+  out.clear();
+
+  const auto item_address = [&](int slot) { return shared_address(smem.items) + slot * kBackwardWideItemWords * 4; };
+  // Waits for the next item; false: there is none.
+  const auto take_item = [&] {
+    mbarrier_wait(item_full + 8 * item_at.slot, item_at.parity);
+    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    if (item.first_key < 0) return false;
+    steps = broadcast(item.tiles * group);
+    return true;
+  };
+  // What the elements of the item that was taken last begin with.
+  const auto begin_item = [&] {
+    if constexpr (!kOfValues) return;
+    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    unmasked = Sequence(a.p.visibility, item.q_len, item.k_len)
+                   .rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
+    row = item.first_row;
+    head = item.head * group;
+    tile = 0;
+  };
+  const auto next_row = [&] {
+    if constexpr (!kOfValues) return;
+    row += Shape::kQ;
+    if (++tile * group < steps) return;
+    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    row = item.first_row;
+    tile = 0;
+    ++head;
+  };
+  const auto take_resident = [&] {
+    mbarrier_wait(first.resident_full, resident_parity);
+    resident_parity ^= 1;
+  };
+  // wgmma reads for the whole warpgroup, and so does its wait.
+  const auto release_resident = [&] {
+    if (one_thread) mbarrier_arrive(first.resident_free);
+  };
+  const auto release_second = [&] {
+    if (one_thread) mbarrier_arrive(second.free + 8 * second_at.slot);
+    second_at.advance();
+  };
+
+  const auto issue_first = [&](Fragment<2, Shape::kQ / 4>& s) {
+    mbarrier_wait(first.full + 8 * first_at.slot, first_at.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < First::kDim / 16; ++step) {
+      const int within = step % 4 * 32;
+      Wgmma<Shape::kQ>::template ss<Element, false, false>(
+          s.v, descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within),
+          descriptor_at(streamed + first_at.slot * kFirstUnits, step / 4 * First::Streamed::kChunkBytes + within),
+          step != 0);
+    }
+    wgmma_commit();
+  };
+  const auto issue_second = [&](bool accumulate) {
+    mbarrier_wait(second.full + 8 * second_at.slot, second_at.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < Shape::kQ / 16; ++step) {
+      Wgmma<Second::kDim>::template rs<Element, true>(
+          out.v, operand[step], descriptor_at(columns + second_at.slot * kSecondUnits, step * 16 * kRowBytes),
+          step != 0 || accumulate);
+    }
+    wgmma_commit();
+  };
+
+  // A thread gives its elements to the thread of the same place in the other warpgroup, which needs the same ones.
+  const auto p_address = [&] {
+    return shared_address(smem.p) +
+           (p_at.slot * Shape::kQ / 8 * kWarpgroupThreads + thread_index() % kWarpgroupThreads) * 16;
+  };
+  const auto give = [&](const Fragment<2, Shape::kQ / 4>& p) {
+    mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);
+    const uint32_t to = p_address();
+#pragma unroll
+    for (int n = 0; n < Shape::kQ / 8; ++n) {
+      const float (&x)[Shape::kQ / 4] = p.v[n % 2];
+      const int c = n / 2 * 4;
+      store_shared_f32x4(to + n * kWarpgroupThreads * 16, float4{x[c], x[c + 1], x[c + 2], x[c + 3]});
+    }
+    arrive_for_warp(p_full + 8 * p_at.slot);
+    p_at.advance();
+  };
+  const auto take = [&](Fragment<2, Shape::kQ / 4>& p) {
+    mbarrier_wait(p_full + 8 * p_at.slot, p_at.parity);
+    const uint32_t from = p_address();
+#pragma unroll
+    for (int n = 0; n < Shape::kQ / 8; ++n) {
+      const float4 x = load_shared_f32x4(from + n * kWarpgroupThreads * 16);
+      const int c = n / 2 * 4;
+      p.v[n % 2][c] = x.x;
+      p.v[n % 2][c + 1] = x.y;
+      p.v[n % 2][c + 2] = x.z;
+      p.v[n % 2][c + 3] = x.w;
+    }
+  };
+  // The finished first product becomes P^T or dS^T, and its stage is given back.
+  const auto work_on_elements = [&](Fragment<2, Shape::kQ / 4>& s) {
+    s.settle_all();  // or the compiler looks at the elements before their product has been waited for
+    const uint32_t statistics = first.statistics + (first_at.slot * Shape::kQ + lane_index() % 4 * 2) * 4;
+    if constexpr (kOfValues) {
+      if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
+        const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+        const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
+        rule.apply_transposed(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
+                              Sequence(a.p.visibility, item.q_len, item.k_len));
+        probabilities_of_columns<true>(s, rule.factor_log2, statistics);
+      } else {
+        probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);
+      }
+      next_row();
+      give(s);
+    } else {
+      Fragment<2, Shape::kQ / 4> p;
+      take(p);
+      gradients_of_columns<true>(p, s, statistics);
+      arrive_for_warp(p_free + 8 * p_at.slot);
+      p_at.advance();
+    }
+    arrive_for_warp(first.free + 8 * first_at.slot);
+    first_at.advance();
+  };
+  const auto pack_operand = [&](const Fragment<2, Shape::kQ / 4>& s) {
+#pragma unroll
+    for (int step = 0; step < Shape::kQ / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int c = 4 * step + i / 2 * 2;
+        operand[step][i] = pack<Element>(s.v[i % 2][c], s.v[i % 2][c + 1]);
+      }
+    }
+  };
+  const auto store = [&](int slot) {
+    const BackwardWideItem item = load_backward_wide_item(item_address(slot));
+    const jfa::Shape& shape = a.p.shape;
+    if constexpr (kOfValues) {
+      store_key_gradient<Element>(item, out, 1.0f, a.g.dv, shape.k_len, shape.value_dim);
+    } else {
+      const float scale = ScoreRule<kGeneral>(a.p.scores, item.batch, 0).scale;
+      store_key_gradient<Element>(item, out, scale, a.g.dk, shape.k_len, shape.head_dim);
+    }
+    arrive_for_warp(item_free + 8 * slot);
+  };
+
+  bool more = take_item();
+  if (more) {
+    Fragment<2, Shape::kQ / 4> s;
+    take_resident();
+    issue_first(s);
+    begin_item();
+    wgmma_wait<0>();
+    if (steps == 1) release_resident();
+    work_on_elements(s);
+    pack_operand(s);
+  }
+#pragma unroll 1
+  while (more) {
+    bool accumulate = false;
+#pragma unroll 1
+    for (int n = 1; n < steps; ++n) {
+      Fragment<2, Shape::kQ / 4> s;
+      issue_first(s);
+      issue_second(accumulate);
+      accumulate = true;
+      wgmma_wait<1>();
+      if (n + 1 == steps) release_resident();
+      work_on_elements(s);
+      wgmma_wait<0>();
+      release_second();
+      pack_operand(s);
+    }
+
+    const int done = item_at.slot;
+    item_at.advance();
+    more = take_item();
+    if (!more) {
+      issue_second(accumulate);
+      wgmma_wait<0>();
+      release_second();
+      store(done);
+    } else {
+      Fragment<2, Shape::kQ / 4> s;
+      issue_second(accumulate);
+      take_resident();
+      issue_first(s);
+      begin_item();
+      wgmma_wait<1>();
+      release_second();
+      store(done);
+      wgmma_wait<0>();
+      if (steps == 1) release_resident();
+      work_on_elements(s);
+      pack_operand(s);
+    }
+  }
+}
+
+template <class Element, class Shape, bool kGeneral>
+__global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid_constant__ BackwardWideArguments a) {
+  using Smem = BackwardWideSmem<Shape>;
+  Smem& smem = shared_memory<Smem>();
+  if (thread_index() == 0) {
+    for (int n = 0; n < kBackwardWideItems; ++n) {
+      mbarrier_init(shared_address(&smem.item_full[n]), 1);
+      mbarrier_init(shared_address(&smem.item_free[n]), 9);  // the warps that compute and the second that loads
+    }
+    for (uint64_t* mbarrier :
+         {&smem.k_full, &smem.k_free, &smem.v_full, &smem.v_free, &smem.q_landed, &smem.d_o_landed}) {
+      mbarrier_init(shared_address(mbarrier), 1);
+    }
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      mbarrier_init(shared_address(&smem.q_full[stage]), 1);
+      mbarrier_init(shared_address(&smem.d_o_full[stage]), 1);
+      // Each warp that reads the statistics, and the warpgroup that accumulates.
+      mbarrier_init(shared_address(&smem.q_free[stage]), 5);
+      mbarrier_init(shared_address(&smem.d_o_free[stage]), 5);
+    }
+    for (int place = 0; place < Shape::kPlaces; ++place) {
+      mbarrier_init(shared_address(&smem.p_full[place]), 4);
+      mbarrier_init(shared_address(&smem.p_free[place]), 4);
+    }
+    mbarrier_init_fence();
+  }
+  barrier();
+  const int warp = warp_index();
+  if (warp < 4) {
+    shrink_registers<Shape::kLoadRegisters>();
+    if (warp == 0) load_stream<Shape, true>(a, smem);
+    if (warp == 1) load_stream<Shape, false>(a, smem);
+  } else {
+    grow_registers<Shape::kComputeRegisters>();
+    if (warp < 8) {
+      compute_key_gradient<Element, Shape, kGeneral, true>(a, smem);
+    } else {
+      compute_key_gradient<Element, Shape, kGeneral, false>(a, smem);
+    }
+  }
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,108 @@
+// What the roles of the backward for wide heads share: the arguments, the picture of shared memory, the items of work.
+#pragma once
+
+#include "common/sequence.cuh"
+#include "sm90/backward_wide_tiles.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/shared_matrix.cuh"
+
+namespace jfa::sm90 {
+
+struct BackwardWideArguments {
+  TensorMap q, k, v, d_o;
+  Problem p;
+  Gradients g;
+  BackwardWideOrder order;
+  uint32_t* counter;  // of items drawn; 0 before
+};
+
+// Computed once, by the warp that loads the queries. The rows are those that see some key of the tile; an item that
+// none sees has one tile of rows outside the tensor, where zeros are loaded.
+struct BackwardWideItem {
+  int first_key;    // negative: there is no more work
+  int head, batch;  // head of keys and values
+  int q_len, k_len;
+  int first_row, end_row;
+  int tiles;  // of rows, for each query head of the group
+};
+constexpr int kBackwardWideItems = 2;  // published at a time: the one in work and the next
+constexpr int kBackwardWideItemWords = 8;
+
+template <class Shape>
+struct BackwardWideSmem {
+  Tile<Shape::kKeys, Shape::kHeadDim> k;
+  Tile<Shape::kKeys, Shape::kValueDim> v;
+  Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages];
+  Tile<Shape::kQ, Shape::kValueDim> d_o[Shape::kStages];
+  alignas(16) float p[Shape::kPlaces][Shape::kKeys * Shape::kQ];
+  alignas(16) float lse_log2[Shape::kStages][Shape::kQ];
+  float delta[Shape::kStages][Shape::kQ];
+  alignas(16) uint32_t items[kBackwardWideItems][kBackwardWideItemWords];
+  uint64_t item_full[kBackwardWideItems], item_free[kBackwardWideItems];
+  uint64_t k_full, k_free, v_full, v_free;
+  uint64_t q_full[Shape::kStages], q_free[Shape::kStages];
+  uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
+  uint64_t p_full[Shape::kPlaces], p_free[Shape::kPlaces];
+  uint64_t q_landed, d_o_landed;  // tiles of which rows have to be cleaned before they are full
+};
+
+// The two streams through a block, as addresses: queries, with K and lse, and dO, with V and delta. A computing
+// warpgroup multiplies what stays of one with what streams, and accumulates with what streams of the other.
+template <class Shape, bool kOfQueries>
+struct BackwardWideStream {
+  static constexpr int kDim = kOfQueries ? Shape::kHeadDim : Shape::kValueDim;
+  using Resident = Tile<Shape::kKeys, kDim>;
+  using Streamed = Tile<Shape::kQ, kDim>;
+  uint32_t resident, streamed, statistics;
+  uint32_t resident_full, resident_free, full, free, landed;
+
+  __device__ __forceinline__ explicit BackwardWideStream(const BackwardWideSmem<Shape>& smem)
+      : resident(kOfQueries ? shared_address(smem.k.bytes) : shared_address(smem.v.bytes)),
+        streamed(kOfQueries ? shared_address(smem.q) : shared_address(smem.d_o)),
+        statistics(kOfQueries ? shared_address(smem.lse_log2) : shared_address(smem.delta)),
+        resident_full(shared_address(kOfQueries ? &smem.k_full : &smem.v_full)),
+        resident_free(shared_address(kOfQueries ? &smem.k_free : &smem.v_free)),
+        full(shared_address(kOfQueries ? smem.q_full : smem.d_o_full)),
+        free(shared_address(kOfQueries ? smem.q_free : smem.d_o_free)),
+        landed(shared_address(kOfQueries ? &smem.q_landed : &smem.d_o_landed)) {}
+};
+
+__device__ __forceinline__ void store_item(uint32_t to, const BackwardWideItem& item) {
+  const int words[] = {item.first_key, item.head,      item.batch,   item.q_len,
+                       item.k_len,     item.first_row, item.end_row, item.tiles};
+#pragma unroll
+  for (int i = 0; i < kBackwardWideItemWords; ++i) store_shared_32(to + 4 * i, words[i]);
+}
+__device__ __forceinline__ BackwardWideItem load_backward_wide_item(uint32_t from) {
+  int words[kBackwardWideItemWords];
+#pragma unroll
+  for (int i = 0; i < kBackwardWideItemWords; ++i) words[i] = load_shared_32(from + 4 * i);
+  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]};
+}
+
+// The item with that number; none past the last.
+template <class Shape>
+__device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number) {
+  BackwardWideItem item{-1, 0, 0, 0, 0, 0, 0, 0};
+  const BackwardWideOrder& order = a.order;
+  if (number >= order.items) return item;
+  const int first_head = number / (order.section_heads * order.key_tiles) * order.section_heads;
+  const int rest = number - first_head * order.key_tiles;
+  const int heads = min(order.section_heads, a.p.shape.kv_heads * a.p.shape.batch - first_head);
+  const int head = first_head + rest % heads;
+  item.first_key = rest / heads * Shape::kKeys;
+  item.head = head % a.p.shape.kv_heads;
+  item.batch = head / a.p.shape.kv_heads;
+  const Sequence sequence(a.p, item.batch);
+  item.q_len = sequence.q_len;
+  item.k_len = sequence.k_len;
+  Interval rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kKeys);
+  const int outside = max(a.p.shape.q_len, 1);
+  if (rows.empty()) rows = {outside, outside};
+  item.first_row = rows.begin;
+  item.end_row = rows.end;
+  item.tiles = max(1, ceil_div(rows.end - rows.begin, Shape::kQ));
+  return item;
+}
+
+}  // namespace jfa::sm90

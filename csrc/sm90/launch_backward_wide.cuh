@@ -1,0 +1,59 @@
+// Host side of the backward for wide heads: dK and dV.
+#pragma once
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "sm90/backward_wide.cuh"
+
+namespace jfa::sm90 {
+
+template <class Element, class Shape, bool kGeneral>
+Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t* counter, int multiprocessors,
+                                 cudaStream_t stream) {
+  using Smem = BackwardWideSmem<Shape>;
+  static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
+                "a tile of backward_wide_tiles.h does not fit into shared memory");
+  BackwardWideArguments a;
+  a.p = p;
+  a.g = g;
+  a.order = backward_wide_order(p, Shape::kKeys);
+  a.counter = counter;
+  const jfa::Shape& s = p.shape;
+  const bool has_queries = s.q_len > 0;  // an empty array may have no address
+  Status status =
+      make_tensor_map(a.q, has_queries ? p.q : p.k, p.type, s.head_dim, s.q_len, s.heads, s.batch, Shape::kQ);
+  if (status.ok())
+    status =
+        make_tensor_map(a.d_o, has_queries ? g.d_o : p.v, p.type, s.value_dim, s.q_len, s.heads, s.batch, Shape::kQ);
+  if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
+  if (status.ok()) status = make_tensor_map(a.v, p.v, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
+  if (!status.ok()) return status;
+  const int64_t workers = std::min(a.order.items, std::max(multiprocessors, 1));
+  return launch("jax_flashattn sm90 backward_wide", backward_wide<Element, Shape, kGeneral>,
+                Grid{workers, Shape::kThreads, Shape::kSharedBytes}, stream, a);
+}
+
+// `counter`: scratch, one number that is 0.
+template <class Element, int kHeadDim>
+Status launch_backward_wide(const Problem& p, const Gradients& g, uint32_t* counter, int multiprocessors,
+                            cudaStream_t stream) {
+  if (p.shape.batch == 0 || p.shape.kv_heads == 0 || p.shape.k_len == 0) return Status::Ok();
+  const int64_t rows = int64_t(p.shape.k_len + kWarpgroupRows) * p.shape.kv_heads * p.shape.batch;
+  if (rows / kWarpgroupRows > kMaxItems) {
+    return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(rows) +
+                                 ", too many for the work items of family sm90; the nearest is sm80");
+  }
+  const auto with_value_dim = [&](auto value_dim) {
+    return with_bool(is_general(p.scores), [&](auto general) {
+      using Shape = BackwardWide<kHeadDim, value_dim.value, general.value>;
+      return launch_backward_wide_tile<Element, Shape, general.value>(p, g, counter, multiprocessors, stream);
+    });
+  };
+  if constexpr (kHeadDim == 192) {
+    if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});
+  }
+  return with_value_dim(std::integral_constant<int, kHeadDim>{});
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,113 @@
+"""The Hopper kernel that computes dQ from recomputed scores, on the emulator."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+import pytest
+from cases import CASES, Case, every_case, some_cases
+from emulator import kernels
+from emulator.emulator import why_unavailable
+from test_emulator import DTYPES, SOME, check
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+ROUTE = {"family": "sm90", "deterministic": True}
+
+
+@every_case()
+def test_case(case):
+    turn = zlib.crc32(case.name.encode()) + 1
+    check(case, DTYPES[turn % 2], **ROUTE, seed=turn)
+
+
+@some_cases(*SOME)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_general_scores(case, dtype):
+    options = {"general": True, "lse_cotangent": False, "multiprocessors": 2, "seed": 7}
+    check(case, dtype, **ROUTE, **options)
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dims", [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)])
+def test_every_place_is_used_again(dims, general):
+    options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    extents = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": dims[0], "value_dim": dims[1]}
+    case = Case("query-rings", 300, 700, **extents, options=options)
+    check(case, "bfloat16", **ROUTE, general=general, multiprocessors=1)
+
+
+@pytest.mark.parametrize("extents", [(65, 0), (0, 65)], ids=["no-keys", "no-queries"])
+def test_empty(extents):
+    actual = kernels.run(Case("empty", *extents), "float16", **ROUTE)
+    assert not actual["query"].any()
+
+
+class Poisoned(Case):
+    """NaN in all that nobody sees: rows and keys past the lengths, keys right of the diagonal."""
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        for b in range(self.batch):
+            arrays["query"][b, self._rows(b) :] = np.nan
+            for name in ("key", "value"):
+                arrays[name][b, self._keys(b) :] = np.nan
+        return arrays
+
+    def cotangents(self, dtype):
+        d_out, d_lse = super().cotangents(dtype)
+        for b in range(self.batch):
+            d_out[b, self._rows(b) :] = np.nan
+            d_lse[b, :, self._rows(b) :] = np.nan
+        return d_out, d_lse
+
+    def _rows(self, b):
+        return self.options["query_seq_lengths"][b]
+
+    def _keys(self, b):
+        return min(self._rows(b), self.options["key_value_seq_lengths"][b])
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_what_nobody_sees_does_not_leak(general):
+    lengths = {"query_seq_lengths": (130, 1, 60), "key_value_seq_lengths": (131, 300, 50)}
+    clean = Case("poison", 150, 400, batch=3, options=lengths | {"is_causal": True})
+    fields = {f.name: getattr(clean, f.name) for f in dataclasses.fields(Case)}
+    runs = [
+        kernels.run(case, "bfloat16", **ROUTE, general=general)
+        for case in (clean, Poisoned(**fields))
+    ]
+    np.testing.assert_array_equal(runs[0]["query"], runs[1]["query"])
+
+
+def test_order_of_threads_does_not_matter():
+    runs = [
+        kernels.run(
+            CASES["everything"], "float16", **ROUTE,
+            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed,
+        )
+        for seed in range(3)
+    ]  # fmt: skip
+    for other in runs[1:]:
+        np.testing.assert_array_equal(runs[0]["query"], other["query"])
+
+
+# What to replace in backward_query.cuh, by what, and the case that must notice.
+MUTANTS = {
+    "no-wait-for-rows": ("if (first) mbarrier_wait(", "if (false) mbarrier_wait(", "dense-1x1"),
+    "values-released-early": (
+        "wgmma_wait<0>();\n    release(v_free", "release(v_free", "dense-1000x1000"),
+    "no-fence-after-cleaning": (
+        "      fence_async_shared();\n      arrive_for_warp(full);",
+        "      arrive_for_warp(full);", "lengths-key"),
+    "sums-of-two-items": ("accumulate = !first;", "accumulate = true;", "gqa-6-3-causal"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_caught(mutant):
+    old, new, name = MUTANTS[mutant]
+    edits = (("sm90/backward_query.cuh", old, new),)
+    for seed in range(3):
+        with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
+            check(CASES[name], "bfloat16", **ROUTE, multiprocessors=1, seed=seed, edits=edits)
