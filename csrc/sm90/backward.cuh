@@ -70,12 +70,11 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
 
     const auto load_q = [&](int h, int i) {
-      mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);
+      mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
       load_tile(Type<QueryTile>{}, a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), i,
                 rows, a.p.shape.q_len, h, item.batch);
     };
     const auto load_d_o = [&](int h, int i) {
-      mbarrier_wait(shared_address(&smem.d_o_free[at.slot]), at.parity);
       load_tile(Type<QueryTile>{}, a.d_o, shared_address(smem.d_o[at.slot].bytes),
                 shared_address(&smem.d_o_full[at.slot]), i, rows, a.p.shape.q_len, h, item.batch);
     };
@@ -107,7 +106,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
 // The role of the warp that reads the rows' log-sum-exp and delta.
 template <class Shape>
 __device__ __forceinline__ void load_statistics(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
-  constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
+  constexpr int kRowsPerLane = ceil_div(Shape::kQ, kWarpThreads);
   RingPosition<Shape::kStages> at(1);
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
@@ -127,10 +126,11 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
           lse[n] = inside ? load_global(a.p.lse + origin + i) : minus_infinity();
           delta[n] = inside ? load_global(a.g.delta + origin + i) : 0.0f;
         }
-        mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);
+        mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
 #pragma unroll
         for (int n = 0; n < kRowsPerLane; ++n) {
           const int row = n * kWarpThreads + lane_index();
+          if (row >= Shape::kQ) continue;
           store_shared_f32(shared_address(&smem.rows[at.slot].lse_log2[row]), lse_in_log2_units(lse[n]));
           store_shared_f32(shared_address(&smem.rows[at.slot].delta[row]), delta[n]);
         }
@@ -328,16 +328,11 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       fence_async_shared();
       issue_key_gradient<Element, Shape>(dv, p_operand, d_o + slot * kQueryPlace);
 
-      const auto release_d_o = [&] {  // wgmma reads for the whole warpgroup, and so does its wait
-        if (thread_index() % kWarpgroupThreads == 0) mbarrier_arrive(shared_address(&smem.d_o_free[slot]));
-      };
       const bool mine = !a.g.deterministic && (Shape::kShare != QueryShare::kTurns || turn == warpgroup);
       if (mine) {
         QueryGradient<Shape> dq;
         named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);  // dS is complete
         issue_query_gradient<Element, Shape>(dq, ds + slot * kScorePlace, k_columns);
-        wgmma_wait<1>();
-        release_d_o();
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
         wgmma_wait<1>();
         dq.settle_all();
@@ -347,12 +342,9 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       } else {
         if (!a.g.deterministic) named_barrier_arrive(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
-        wgmma_wait<1>();
-        release_d_o();
       }
       wgmma_wait<0>();
-      arrive_for_warp(shared_address(&smem.q_free[slot]));  // its statistics were read by every warp
-
+      arrive_for_warp(shared_address(&smem.stage_free[slot]));  // its statistics were read by every warp
       at.advance();
       if (Shape::kShare == QueryShare::kTurns && ++turn == Shape::kWarpgroups) turn = 0;
       i += Shape::kQ;
@@ -380,9 +372,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
     mbarrier_init(shared_address(&smem.landed), 1);
     for (int n = 0; n < Shape::kStages; ++n) {
       mbarrier_init(shared_address(&smem.q_full[n]), 2);  // Q and the statistics
-      mbarrier_init(shared_address(&smem.q_free[n]), Shape::kWarpgroups * 4);
+      mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * 4);
       mbarrier_init(shared_address(&smem.d_o_full[n]), 1);
-      mbarrier_init(shared_address(&smem.d_o_free[n]), Shape::kWarpgroups);
     }
     mbarrier_init_fence();
   }

@@ -120,13 +120,14 @@ inline BackwardOrder backward_order(const Problem& p, int k_tile) {
   constexpr int64_t kSectionBytes = 20 << 20;
   BackwardOrder order;
   const int64_t heads = int64_t(p.shape.kv_heads) * p.shape.batch;
+  if (heads == 0) return order;
   order.k_tiles = (p.shape.k_len + k_tile - 1) / k_tile;
   order.items = static_cast<int>(order.k_tiles * heads);
   const int64_t group = p.shape.heads / p.shape.kv_heads;
   const int64_t head_bytes =
       group * p.shape.q_len * (2 * (p.shape.head_dim + p.shape.value_dim) + 4 * p.shape.head_dim);
   const int64_t fit = head_bytes > 0 ? kSectionBytes / head_bytes : heads;
-  order.section_heads = static_cast<int>(std::min(std::max<int64_t>(fit, 1), std::max<int64_t>(heads, 1)));
+  order.section_heads = static_cast<int>(std::min(std::max<int64_t>(fit, 1), heads));
   return order;
 }
 

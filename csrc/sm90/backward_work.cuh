@@ -36,9 +36,9 @@ struct BackwardSmem {
   Tile<Shape::kK, Shape::kHeadDim> k, v;
   Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages], d_o[Shape::kStages];
   Tile<Shape::kQ, Shape::kK> ds[Shape::kStages];
-  alignas(16) Stage rows[Shape::kStages];  // full and free with q
-  alignas(8) uint64_t q_full[Shape::kStages], q_free[Shape::kStages];
-  uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
+  alignas(16) Stage rows[Shape::kStages];  // full with q
+  alignas(8) uint64_t q_full[Shape::kStages], d_o_full[Shape::kStages];
+  uint64_t stage_free[Shape::kStages];  // of Q, dO and the statistics
   uint64_t kv_full, kv_free;
   uint64_t landed;  // a tile that has to be cleaned before it is full
   uint64_t item_ready[kBackwardItems];

@@ -72,4 +72,23 @@ void plan_forward(const Problem& p, Plan& plan) {
   });
 }
 
+// The same of a backward's first kernel; false for head dims that have no such plan.
+template <int kHeadDim>
+bool plan_backward(const Problem& p, Plan& plan) {
+  if constexpr (kHeadDim <= 128) {
+    with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
+      using Tile = typename decltype(tile)::type;
+      plan.head_dim = Tile::kHeadDim;
+      plan.q_tile = Tile::kQ;
+      plan.k_tile = Tile::kK;
+      plan.warps = Tile::kThreads / 32;
+      plan.shared_memory_bytes = Tile::kSharedBytes;
+      const BackwardOrder order = backward_order(p, Tile::kK);
+      plan.schedule = std::to_string(order.items) + " items, drawn in sections of " +
+                      std::to_string(order.section_heads) + " heads, over persistent blocks that own keys";
+    });
+  }
+  return kHeadDim <= 128;
+}
+
 }  // namespace jfa::sm90

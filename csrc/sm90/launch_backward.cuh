@@ -19,6 +19,11 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
   static_assert(sizeof(BackwardSmem<Shape>) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_tiles.h does not fit into shared memory");
   const jfa::Shape& s = p.shape;
+  const int64_t keys = (int64_t(s.k_len) + Shape::kK) * s.kv_heads * s.batch;
+  if (keys / Shape::kK > kMaxItems) {
+    return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(keys) +
+                                 ", too many for the work items of family sm90; the nearest is sm80");
+  }
   BackwardArguments a;
   a.p = p;
   a.g = g;

@@ -1,0 +1,158 @@
+"""The Hopper family's backward on the emulator: head dims up to 128, where one kernel owns keys."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+import pytest
+from cases import CASES, LENGTHS, Case, some_cases
+from compare import expected, judge_all
+from emulator import kernels
+from emulator.emulator import why_unavailable
+from test_emulator import DTYPES, SOME, check
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+# Of each kind of option a few; every one of them crosses tiles of both sides.
+CASES_OF_GRADIENTS = (
+    *SOME,
+    "dense-1x1",
+    "dense-129x1",
+    "causal-top_left-129x65",
+    "causal-bottom_right-129x65",
+    "window-(16,0)",
+    "window-leaves-rows-empty",
+    "window-bottom-right-129x65",
+    "lengths-both",
+    "lengths-causal-bottom-right",
+    "lengths-window-bottom-right",
+)
+
+
+def with_dim(case, dim):
+    """The case with another head dim, and a value dim of its own."""
+    return dataclasses.replace(case, head_dim=dim, value_dim=dim - 24)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@some_cases(*CASES_OF_GRADIENTS)
+def test_backward(case, dim):
+    turn = zlib.crc32(case.name.encode())
+    check(with_dim(case, dim), DTYPES[turn % 2], family="sm90", seed=turn)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@some_cases(*SOME)
+def test_backward_of_general_scores(case, dim):
+    options = {"general": True, "multiprocessors": 1, "seed": 7}
+    check(with_dim(case, dim), "bfloat16", family="sm90", **options)
+
+
+def test_backward_of_long_sequences():
+    # Long enough for the tile that no case of cases.py comes to; keys end in the middle of a tile.
+    options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    case = Case("long", 4097, 260, batch=1, heads=1, head_dim=64, options=options)
+    check(case, "bfloat16", family="sm90", multiprocessors=1)
+
+
+@pytest.mark.parametrize("extents", [(65, 0), (0, 65)], ids=["no-keys", "no-queries"])
+def test_backward_of_nothing(extents):
+    actual = kernels.run(Case("empty", *extents), "float16", family="sm90")
+    for name in ("query", "key", "value"):
+        assert not actual[name].any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Case):
+    """NaN in every row past its sequence's length."""
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        for lengths, names in zip(LENGTHS, (("query",), ("key", "value")), strict=True):
+            for b, length in enumerate(arrays.get(lengths, ())):
+                for name in names:
+                    arrays[name][b, length:] = np.nan
+        return arrays
+
+    def cotangents(self, dtype):
+        d_out, d_lse = super().cotangents(dtype)
+        for b, length in enumerate(self.options.get(LENGTHS[0], ())):
+            d_out[b, length:] = np.nan
+            d_lse[b, :, length:] = np.nan
+        return d_out, d_lse
+
+
+def run_poisoned(is_causal, dim, **options):
+    """Judges gradients of a call with NaN past its lengths by those of one without."""
+    lengths = {LENGTHS[0]: (50, 0, 129), LENGTHS[1]: (64, 100, 33)}
+    fields = {"q_len": 150, "k_len": 140, "batch": 3, "head_dim": dim}
+    fields["options"] = lengths | {"is_causal": is_causal}
+    clean = Case("lengths", **fields)
+    reference = expected(clean, "bfloat16")
+    low = expected(clean, "bfloat16", precision="bfloat16")
+    actual = kernels.run(Poisoned("lengths", **fields), "bfloat16", family="sm90", **options)
+    judge_all(actual, reference, low, clean.arrays("bfloat16"))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_lies_past_the_lengths_does_not_leak(is_causal, dim):
+    run_poisoned(is_causal, dim)
+
+
+def test_order_of_threads_matters_to_dq_alone():
+    runs = [
+        kernels.run(
+            CASES["everything"], "float16", family="sm90",
+            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed,
+        )
+        for seed in range(3)
+    ]  # fmt: skip
+    for other in runs[1:]:
+        for name in ("key", "value"):
+            np.testing.assert_array_equal(runs[0][name], other[name])
+
+
+# A file below csrc/sm90, what to replace in it, by what, and the case that must notice.
+MUTANTS = {
+    "no-wait-for-d_o": (
+        "backward.cuh", "mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);", "",
+        "dense-127x129"),
+    "keys-overwritten": (
+        "backward.cuh",
+        "mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);", "", "gqa-6-3-causal"),
+    "stage-released-early": (
+        "backward.cuh",
+        "wgmma_wait<0>();\n      arrive_for_warp(shared_address(&smem.stage_free[slot]));",
+        "arrive_for_warp(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
+        "dense-1000x1000"),
+    "ds-not-fenced": (
+        "backward.cuh", "fence_async_shared();\n      issue", "issue", "dense-127x129"),
+    "ds-not-complete": (
+        "backward.cuh", "named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);", "",
+        "dense-127x129"),
+    "statistics-of-an-old-stage": (
+        "backward.cuh",
+        "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);\n#pragma", "#pragma",
+        "dense-1000x1000"),
+    "rows-not-cleaned": (
+        "backward.cuh", "if (part.contains(first + row)) continue;", "continue;", "poisoned"),
+    "masked-gradients-not-hidden": (
+        "../common/softmax.cuh", "ds = hidden ? 0.0f : x", "ds = x", "poisoned"),
+}  # fmt: skip
+
+
+def run_mutant(name, **options):
+    if name == "poisoned":
+        run_poisoned(True, 64, **options)
+    else:
+        check(CASES[name], "bfloat16", family="sm90", **options)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_of_the_backward_is_caught(mutant):
+    file, old, new, name = MUTANTS[mutant]
+    options = {"edits": ((f"sm90/{file}", old, new),), "multiprocessors": 1}
+    for seed in range(3):
+        with pytest.raises(AssertionError, match=r"csrc/|off by|at other|non-zeros"):
+            run_mutant(name, seed=seed, **options)
