@@ -52,21 +52,6 @@ struct Position {
   }
 };
 
-// Four lanes hold a 4 x 4 matrix, a row each; afterwards a column each.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {  // exchange off-diagonal elements of pairs, then of pairs of pairs
-    const bool upper = (lane & step) == 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = step == 1 ? 2 * i : i;
-      const uint32_t received = shuffle_xor(upper ? x[n + step] : x[n], step);
-      x[n] = upper ? x[n] : received;
-      x[n + step] = upper ? received : x[n + step];
-    }
-  }
-}
-
 // Reductions over the four lanes that share a row.
 __device__ __forceinline__ float max_over_row(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));

@@ -93,7 +93,7 @@ struct ScoreReader {
                                              const Sequence& sequence) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = at.row(first + r);
+      const int i = opaque(at.row(first + r));
       const Interval cols = columns(i, at, sequence);
       const Pair* row = reinterpret_cast<const Pair*>(data + (i * row_stride + at.first_col) * (sizeof(Pair) / 2));
 #pragma unroll
@@ -107,7 +107,7 @@ struct ScoreReader {
   template <class Word, int kCols>
   __device__ __forceinline__ void load_row(ScoreWords<kCols>& words, int r, const Position<>& at,
                                            const Sequence& sequence) const {
-    const int i = at.row(r);
+    const int i = opaque(at.row(r));
     const Interval cols = columns(i, at, sequence);
     const Word* row = reinterpret_cast<const Word*>(data) + i * row_stride + at.first_col * col_stride;
 #pragma unroll

@@ -107,28 +107,14 @@ int64_t dq_accumulator_floats(const Problem& p) {
   }
 }
 
-// Items are numbered in sections of heads whose queries, dO and accumulated dQ stay in the L2 together; within a
-// section the first key tiles of all heads come first, since with causality most queries see them. All heads at once
-// cost 20 to 25 % (d 128 at 1024 tokens, d 64 at 4096).
-struct BackwardOrder {
-  int k_tiles = 0;
-  int items = 0;
-  int section_heads = 1;  // of keys, counted over heads and batch
-};
-
-inline BackwardOrder backward_order(const Problem& p, int k_tile) {
+// Queries, dO and accumulated dQ of a section stay in the L2 together: all heads at once cost 20 to 25 % (d 128 at 1024
+// tokens, d 64 at 4096).
+inline WorkOrder backward_order(const Problem& p, int k_tile) {
   constexpr int64_t kSectionBytes = 20 << 20;
-  BackwardOrder order;
-  const int64_t heads = int64_t(p.shape.kv_heads) * p.shape.batch;
-  if (heads == 0) return order;
-  order.k_tiles = (p.shape.k_len + k_tile - 1) / k_tile;
-  order.items = static_cast<int>(order.k_tiles * heads);
-  const int64_t group = p.shape.heads / p.shape.kv_heads;
-  const int64_t head_bytes =
-      group * p.shape.q_len * (2 * (p.shape.head_dim + p.shape.value_dim) + 4 * p.shape.head_dim);
-  const int64_t fit = head_bytes > 0 ? kSectionBytes / head_bytes : heads;
-  order.section_heads = static_cast<int>(std::min(std::max<int64_t>(fit, 1), heads));
-  return order;
+  const Shape& s = p.shape;
+  const int64_t heads = int64_t(s.kv_heads) * s.batch;
+  const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (6 * s.head_dim + 2 * s.value_dim);
+  return work_order(heads, (s.k_len + k_tile - 1) / k_tile, bytes > 0 ? kSectionBytes / bytes : heads);
 }
 
 }  // namespace jfa::sm90

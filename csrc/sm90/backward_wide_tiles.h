@@ -40,25 +40,12 @@ using BackwardWide =
     std::conditional_t<kGeneral && kHeadDim + kValueDim >= 384, BackwardWideTile<kHeadDim, kValueDim, 32, 4>,
                        BackwardWideTile<kHeadDim, kValueDim, 64, kHeadDim == 256 ? 2 : 3>>;
 
-// Items, one (key tile, key/value head, batch entry) each, are numbered within sections of heads whose queries and
-// output gradients stay in the L2 together, the first keys first: when causal, most queries see them.
-struct BackwardWideOrder {
-  int key_tiles = 0;
-  int items = 0;
-  int section_heads = 1;  // counted over key/value heads and batch
-};
-
-inline BackwardWideOrder backward_wide_order(const Problem& p, int key_tile) {
+inline WorkOrder backward_wide_order(const Problem& p, int key_tile) {
   const Shape& s = p.shape;
-  constexpr int64_t kSectionBytes = 32 << 20;
+  constexpr int64_t kSectionBytes = 32 << 20;  // of queries and output gradients
   const int64_t heads = int64_t(s.kv_heads) * s.batch;
-  const int64_t bytes = int64_t(s.heads / s.kv_heads) * s.q_len * (s.head_dim + s.value_dim) * 2;
-  const int64_t fit = bytes > 0 ? kSectionBytes / bytes : heads;
-  BackwardWideOrder order;
-  order.key_tiles = (s.k_len + key_tile - 1) / key_tile;
-  order.items = static_cast<int>(order.key_tiles * heads);
-  order.section_heads = static_cast<int>(fit < 1 ? 1 : fit < heads ? fit : heads);
-  return order;
+  const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (s.head_dim + s.value_dim) * 2;
+  return work_order(heads, (s.k_len + key_tile - 1) / key_tile, bytes > 0 ? kSectionBytes / bytes : heads);
 }
 
 }  // namespace jfa::sm90

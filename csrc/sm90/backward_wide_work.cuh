@@ -5,6 +5,7 @@
 #include "sm90/backward_wide_tiles.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/shared_matrix.cuh"
+#include "sm90/work_place.cuh"
 
 namespace jfa::sm90 {
 
@@ -12,7 +13,7 @@ struct BackwardWideArguments {
   TensorMap q, k, v, d_o;
   Problem p;
   Gradients g;
-  BackwardWideOrder order;
+  WorkOrder order;
   uint32_t* counter;  // of items drawn; 0 before
 };
 
@@ -84,15 +85,11 @@ __device__ __forceinline__ BackwardWideItem load_backward_wide_item(uint32_t fro
 template <class Shape>
 __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number) {
   BackwardWideItem item{-1, 0, 0, 0, 0, 0, 0, 0};
-  const BackwardWideOrder& order = a.order;
-  if (number >= order.items) return item;
-  const int first_head = number / (order.section_heads * order.key_tiles) * order.section_heads;
-  const int rest = number - first_head * order.key_tiles;
-  const int heads = min(order.section_heads, a.p.shape.kv_heads * a.p.shape.batch - first_head);
-  const int head = first_head + rest % heads;
-  item.first_key = rest / heads * Shape::kKeys;
-  item.head = head % a.p.shape.kv_heads;
-  item.batch = head / a.p.shape.kv_heads;
+  if (number >= a.order.items) return item;
+  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
+  item.first_key = place.rank * Shape::kKeys;
+  item.head = place.head;
+  item.batch = place.batch;
   const Sequence sequence(a.p, item.batch);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;

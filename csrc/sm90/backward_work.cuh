@@ -6,6 +6,7 @@
 #include "sm90/backward_tiles.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/shared_matrix.cuh"
+#include "sm90/work_place.cuh"
 
 namespace jfa::sm90 {
 
@@ -13,7 +14,7 @@ struct BackwardArguments {
   TensorMap q, k, v, d_o;
   Problem p;
   Gradients g;
-  BackwardOrder order;
+  WorkOrder order;
 };
 
 // One item as the roles see it: a key tile, and the query tiles that see some of its keys, the same for each query head
@@ -68,16 +69,11 @@ __device__ __forceinline__ BackwardItem wait_for_item(const BackwardSmem<Shape>&
 // queries that see some key of the tile.
 template <class Shape>
 __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a, int number, Interval& rows) {
-  const BackwardOrder& order = a.order;
-  const int section = number / (order.section_heads * order.k_tiles);
-  const int first_head = section * order.section_heads;
-  const int rest = number - first_head * order.k_tiles;
-  const int heads = min(order.section_heads, a.p.shape.kv_heads * a.p.shape.batch - first_head);
-  const int head = first_head + rest % heads;
+  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
   BackwardItem item;
-  item.first_key = rest / heads * Shape::kK;
-  item.batch = head / a.p.shape.kv_heads;
-  item.kv_head = head % a.p.shape.kv_heads;
+  item.first_key = place.rank * Shape::kK;
+  item.kv_head = place.head;
+  item.batch = place.batch;
   const Sequence sequence(a.p, item.batch);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;

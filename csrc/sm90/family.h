@@ -62,7 +62,7 @@ void plan_forward(const Problem& p, Plan& plan) {
     plan.k_tile = Tile::kK;
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
-    const WorkOrder order = work_order(p, Tile::kClusterQ);
+    const WorkOrder order = forward_order(p, Tile::kClusterQ);
     plan.schedule =
         std::to_string(order.items) + " items, " +
         (order.drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads) + " heads"
@@ -83,7 +83,7 @@ bool plan_backward(const Problem& p, Plan& plan) {
       plan.k_tile = Tile::kK;
       plan.warps = Tile::kThreads / 32;
       plan.shared_memory_bytes = Tile::kSharedBytes;
-      const BackwardOrder order = backward_order(p, Tile::kK);
+      const WorkOrder order = backward_order(p, Tile::kK);
       plan.schedule = std::to_string(order.items) + " items, drawn in sections of " +
                       std::to_string(order.section_heads) + " heads, over persistent blocks that own keys";
     });

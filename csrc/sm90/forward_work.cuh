@@ -8,6 +8,7 @@
 #include "sm90/pipeline.cuh"
 #include "sm90/shared_matrix.cuh"
 #include "sm90/tiles.h"
+#include "sm90/work_place.cuh"
 
 namespace jfa::sm90 {
 
@@ -70,17 +71,11 @@ __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned coun
 // query tiles of all heads first. `keys` are those that the rows of the whole cluster see.
 template <class Shape, class Arguments>
 __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
-  const WorkOrder& order = a.order;
-  const int section = number / (order.section_heads * order.q_tiles);
-  const int first_head = section * order.section_heads;
-  const int rest = number - first_head * order.q_tiles;
-  const int heads = min(order.section_heads, a.p.shape.heads * a.p.shape.batch - first_head);
-  const int tile = order.q_tiles - 1 - rest / heads;
-  const int head = first_head + rest % heads;
+  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
+  const int cluster_row = (a.order.tiles - 1 - place.rank) * Shape::kClusterQ;
   ForwardItem item;
-  item.batch = order.batch_fastest ? head % a.p.shape.batch : head / a.p.shape.heads;
-  item.head = order.batch_fastest ? head / a.p.shape.batch : head % a.p.shape.heads;
-  const int cluster_row = tile * Shape::kClusterQ;
+  item.batch = place.batch;
+  item.head = place.head;
   item.first_row = cluster_row + rank * Shape::kQ;
   const Sequence sequence(a.p, item.batch);
   item.q_len = sequence.q_len;

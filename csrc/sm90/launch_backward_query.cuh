@@ -17,7 +17,7 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   BackwardQueryArguments a;
   a.p = p;
   a.g = g;
-  a.order = work_order(p, Shape::kQ);
+  a.order = forward_order(p, Shape::kQ);
   a.counter = counter;
   const jfa::Shape& s = p.shape;
   const bool has_keys = s.k_len > 0;  // an empty array may have no address

@@ -15,7 +15,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
                 "a tile of tiles.h does not fit into shared memory");
   ForwardArguments a;
   a.p = p;
-  a.order = work_order(p, Shape::kClusterQ);
+  a.order = forward_order(p, Shape::kClusterQ);
   a.counter = counter;
   const jfa::Shape& s = p.shape;
   const bool has_keys = s.k_len > 0;  // an empty array may have no address

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "problem.h"
+#include "sm90/work_order.h"
 
 namespace jfa::sm90 {
 
@@ -124,41 +125,28 @@ inline ForwardKind forward_kind(const Problem& p) {
   return p.shape.k_len <= 2048 ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
-// Items, one (query tile, head, batch entry) each, are numbered longest first within a section of heads whose keys and
-// values stay in the L2 together.
-constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
-
-struct WorkOrder {
-  int q_tiles = 0;
-  int items = 0;
-  int section_heads = 1;       // counted over heads and batch
-  bool batch_fastest = false;  // in the numbering of heads
-  bool drawn = false;          // from a counter, by whichever block is free; otherwise dealt out in turn
-};
-
 // `q_tile`: rows of an item.
-inline WorkOrder work_order(const Problem& p, int q_tile) {
-  WorkOrder order;
+inline WorkOrder forward_order(const Problem& p, int q_tile) {
   const int64_t heads = int64_t(p.shape.heads) * p.shape.batch;
-  order.q_tiles = (p.shape.q_len + q_tile - 1) / q_tile;
-  order.items = static_cast<int>(order.q_tiles * heads);
-  // All batch entries may share what is largest, a bias of [1, heads, q_len, k_len].
-  order.batch_fastest = p.scores.bias.data != nullptr && p.scores.bias.batch == 1;
+  const int64_t tiles = (p.shape.q_len + q_tile - 1) / q_tile;
   if (is_dense(p)) {
+    WorkOrder order = work_order(heads, tiles, 1);
+    order.sections = order.heads;  // all tiles are as long
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
     // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
     order.drawn = p.shape.k_len <= 4096 || q_tile % 128 != 0;
+    // All batch entries may share what is largest, a bias of [1, heads, q_len, k_len].
+    order.batch_fastest = p.scores.bias.data != nullptr && p.scores.bias.batch == 1;
     return order;
   }
-  order.drawn = true;
   // 32 MB of the 50 MB of L2 are left for keys and values: all heads at once cost 3 to 10 % at d 128 and 256. Fewer
   // than four heads leave too few items of each length to balance (5 % at d 256, 16384 keys).
   constexpr int64_t kSectionBytes = 32 << 20;
   constexpr int64_t kLeastHeads = 4;
   const int64_t kv_bytes = int64_t(p.shape.k_len) * (p.shape.head_dim + p.shape.value_dim) * 2;
-  const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / p.shape.kv_heads) : heads;
-  const int64_t section = fit > kLeastHeads ? fit : kLeastHeads;
-  order.section_heads = static_cast<int>(section < heads ? section : heads);
+  const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / std::max(p.shape.kv_heads, 1)) : heads;
+  WorkOrder order = work_order(heads, tiles, std::max(fit, kLeastHeads));
+  order.drawn = true;
   return order;
 }
 

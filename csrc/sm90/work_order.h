@@ -1,0 +1,40 @@
+// In which order persistent blocks take their items: one each for a tile of a head of a batch entry.
+//
+// Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
+// first. The last section is as large as it takes to end evenly: with few items of each length, some block would still
+// be busy with a long one when the others have ended.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace jfa::sm90 {
+
+constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
+
+struct WorkOrder {
+  int tiles = 0;  // of a head
+  int heads = 0;  // counted over the batch
+  int items = 0;
+  int section_heads = 1;
+  int sections = 0;            // before the last one, which has the other heads
+  bool batch_fastest = false;  // in the numbering of heads
+  bool drawn = false;          // from a counter, by whichever block is free; otherwise dealt out in turn
+};
+
+// `fit`: heads that stay in the L2 together.
+inline WorkOrder work_order(int64_t heads, int64_t tiles, int64_t fit) {
+  constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200; backward at d 128: 461 to FIGURE
+  WorkOrder order;
+  order.tiles = static_cast<int>(tiles);
+  order.heads = static_cast<int>(heads);
+  order.items = static_cast<int>(tiles * heads);
+  if (order.items == 0) return order;
+  const int64_t section = std::min(std::max<int64_t>(fit, 1), heads);
+  const int64_t last = std::min(std::max(section, (kEvenItems + tiles - 1) / tiles), heads);
+  order.section_heads = static_cast<int>(section);
+  order.sections = static_cast<int>((heads - last) / section);
+  return order;
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,25 @@
+// Which tile of which head an item is.
+#pragma once
+
+#include "common/device.cuh"
+#include "sm90/work_order.h"
+
+namespace jfa::sm90 {
+
+struct WorkPlace {
+  int rank;  // of the tile, by length
+  int head, batch;
+};
+
+__device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number, int batch) {
+  const int section = min(number / (order.section_heads * order.tiles), order.sections);
+  const int first_head = section * order.section_heads;
+  const int heads = section < order.sections ? order.section_heads : order.heads - first_head;
+  const int rest = number - first_head * order.tiles;
+  const int head = first_head + rest % heads;
+  const int heads_of_entry = order.heads / batch;
+  return {rest / heads, order.batch_fastest ? head / batch : head % heads_of_entry,
+          order.batch_fastest ? head % batch : head / heads_of_entry};
+}
+
+}  // namespace jfa::sm90
