@@ -56,6 +56,8 @@ IN_CLUSTERS = (
 )
 # Makes all tiles those of clusters.
 CLUSTERS = ("sm90/backward_wide_tiles.h", "kCluster = 1;", "kCluster = 2;")
+# Holds K and V in registers: three quarters of them at d 256, else whole.
+HELD = ("sm90/backward_wide_tiles.h", "kHeldSteps = 0;", "kHeldSteps = 12;")
 
 
 def wide(name, dims):
@@ -77,6 +79,13 @@ def test_gradients_in_clusters(name):
     turn = zlib.crc32(name.encode())
     options = {"seed": turn, "edits": (CLUSTERS,), "multiprocessors": 2 + turn // 6 % 2 * 2}
     check_wide(wide(name, DIMS[turn % 3]), DTYPES[turn // 3 % 2], **options)
+
+
+@pytest.mark.parametrize("name", ["window-8", "gqa-6-3-causal", "lengths-key"])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_gradients_with_keys_held_in_registers(name, dims):
+    edits = (CLUSTERS, HELD) if name == "window-8" and dims[0] == 256 else (HELD,)
+    check_wide(wide(name, dims), "bfloat16", edits=edits, multiprocessors=2)
 
 
 @pytest.mark.parametrize("name", ["dense-127x129", "lengths-both"])
@@ -188,6 +197,8 @@ MUTANTS = {
         "gqa-6-3-causal", CLUSTERS,
         (KERNEL, "    if (elect_one()) mbarrier_arrive_remote(item_free + 8 * mailbox, 0);\n", ""),
         (KERNEL, "Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9", "9")),
+    "keys-given-back-before-they-are-read": (
+        "lengths-key", HELD, (KERNEL, "if constexpr (kHeld > 0) settle_loads(held);", "")),
     "block-leaves-the-cluster": (
         "gqa-6-3-causal", CLUSTERS,
         (KERNEL, "cluster_barrier();  // the other", "barrier();  // the other")),

@@ -21,8 +21,7 @@
 
 namespace jfa::sm90 {
 
-// The role of a warp that loads. That of the queries also numbers the work; in a cluster the first block draws for
-// both.
+// The role of a warp that loads. That of the queries also numbers the work; in a cluster the first block does for both.
 template <class Shape, bool kOfQueries>
 __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
   using Stream = BackwardWideStream<Shape, kOfQueries>;
@@ -181,6 +180,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   using Second = BackwardWideStream<Shape, !kOfValues>;  // of the accumulation
   constexpr int kFirstUnits = First::Streamed::kBytes / 16, kSecondUnits = Second::Streamed::kBytes / 16;
   constexpr int kOutCols = Second::kDim / 4;
+  constexpr int kSteps = First::kDim / 16, kHeld = Shape::kHeldSteps < kSteps ? Shape::kHeldSteps : kSteps;
   const First first(smem);
   const Second second(smem);
   const uint32_t resident = descriptor(first.resident);
@@ -199,7 +199,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   int steps = 0, row = 0, tile = 0, head = 0;  // of the current item; the last three of the current step
   Interval unmasked{};                         // rows that see all keys
   Fragment<2, kOutCols> out;
-  uint32_t operand[Shape::kQ / 16][4];  // P^T or dS^T
+  uint32_t operand[Shape::kQ / 16][4];      // P^T or dS^T
+  uint32_t held[kHeld > 0 ? kHeld : 1][4];  // of what stays, as operand A
   out.clear();
 
   const auto item_address = [&](int slot) { return shared_address(smem.items) + slot * kBackwardWideItemWords * 4; };
@@ -233,6 +234,13 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const auto take_resident = [&] {
     mbarrier_wait(first.resident_full, resident_parity);
     resident_parity ^= 1;
+    const int row = warp_index() % 4 * 16 + lane_index() % 16;
+#pragma unroll
+    for (int step = 0; step < kHeld; ++step) {
+      load_matrix_x4(held[step], first.resident + First::Resident::offset_bytes(row, 2 * step + lane_index() / 16));
+    }
+    if constexpr (kHeld > 0) settle_loads(held);
+    if constexpr (kHeld == kSteps) arrive_for_warp(first.resident_free);
   };
   // In a cluster: the other block, which loads into this one too, may load once the products here have read a stage.
   // Statistics each block loads for itself.
@@ -241,7 +249,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   };
   // wgmma reads for the whole warpgroup, and so does its wait.
   const auto release_resident = [&] {
-    if (one_thread) mbarrier_arrive(first.resident_free);
+    if constexpr (kHeld < kSteps) arrive_for_warp(first.resident_free);
   };
   const auto release_second = [&] {
     if (one_thread) mbarrier_arrive(second.free + 8 * second_at.slot);
@@ -255,10 +263,14 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
 #pragma unroll
     for (int step = 0; step < First::kDim / 16; ++step) {
       const int within = step % 4 * 32;
-      Wgmma<Shape::kQ>::template ss<Element, false, false>(
-          s.v, descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within),
-          descriptor_at(streamed + first_at.slot * kFirstUnits, step / 4 * First::Streamed::kChunkBytes + within),
-          step != 0);
+      const uint64_t rows =
+          descriptor_at(streamed + first_at.slot * kFirstUnits, step / 4 * First::Streamed::kChunkBytes + within);
+      if (step < kHeld) {
+        Wgmma<Shape::kQ>::template rs<Element, false>(s.v, held[step], rows, step != 0);
+      } else {
+        const uint64_t keys = descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within);
+        Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, keys, rows, step != 0);
+      }
     }
     wgmma_commit();
   };
@@ -417,9 +429,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
       mbarrier_init(shared_address(&smem.item_free[n]), Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9);
       mbarrier_init(shared_address(&smem.drawn_ready[n]), 1);
     }
-    for (uint64_t* mbarrier : {&smem.k_full, &smem.k_free, &smem.v_full, &smem.v_free}) {
-      mbarrier_init(shared_address(mbarrier), 1);
-    }
+    mbarrier_init(shared_address(&smem.k_full), 1);
+    mbarrier_init(shared_address(&smem.v_full), 1);
+    mbarrier_init(shared_address(&smem.k_free), 4);
+    mbarrier_init(shared_address(&smem.v_free), 4);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       mbarrier_init(shared_address(&smem.q_full[stage]), 1);
       mbarrier_init(shared_address(&smem.d_o_full[stage]), 1);
