@@ -18,7 +18,9 @@ static_assert(sizeof(float) == sizeof(uint32_t), "the counter takes one float's 
 // Of Gradients: enough for every family, so that it depends on no device.
 template <int kHeadDim>
 int64_t cleared_floats(const Problem& p, const Gradients& g) {
-  return (g.deterministic ? 0 : sm80::dq_accumulator_floats<kHeadDim>(p)) + kBackwardCounters;
+  if (g.deterministic) return kBackwardCounters;
+  return std::max(sm80::dq_accumulator_floats<kHeadDim>(p), sm90::dq_accumulator_floats<kHeadDim>(p)) +
+         kBackwardCounters;
 }
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 

@@ -80,6 +80,26 @@ __device__ __forceinline__ void for_each_element(Fragment<kRows, kCols>& s, cons
   }
 }
 
+// The same for a transposed fragment: its rows are keys, its columns queries. Lanes of a quad then read from different
+// rows of the tensor, one element at a time.
+template <class T, int kRows, int kCols, class Combine>
+__device__ __forceinline__ void for_each_element_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                            const Sequence& sequence, const ScoreTensor& tensor,
+                                                            int64_t origin, const Combine& combine) {
+  const T* data = static_cast<const T*>(tensor.data) + origin;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int j = opaque(at.row(r));
+    const Interval rows = sequence.rows_of_keys(j, j + 1);
+    const T* column = data + j * tensor.k_stride;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      const int i = at.col(c);
+      if (rows.contains(i)) s.v[r][c] = combine(s.v[r][c], ScoreElement<T>::one(column + i * tensor.q_stride));
+    }
+  }
+}
+
 // The scores of one batch entry and head.
 template <bool kGeneral>
 struct ScoreRule {
@@ -111,44 +131,71 @@ struct ScoreRule {
   template <int kRows, int kCols>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at,
                                         const Sequence& sequence) const {
+    scale_bias_and_mask<false>(s, at, sequence);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+  }
+
+  // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                   const Sequence& sequence) const {
+    scale_bias_and_mask<true>(s, at, sequence);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int j = opaque(at.row(r));
+      hide_outside(s, r, at, sequence.rows_of_keys(j, j + 1));
+    }
+  }
+
+ private:
+  // Keeps of one row the columns of an interval.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
+                                                      const Interval& visible) {
+    // Relative to this thread's first column: what is compared with them are then constants.
+    const int begin = visible.begin - at.first_col;
+    const int end = visible.end - at.first_col;
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
+    if (begin <= 0) return;  // of keys, only windows have an edge there
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
+  }
+
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ __forceinline__ void scale_bias_and_mask(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                      const Sequence& sequence) const {
     if constexpr (kGeneral) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
         for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
       }
-      add_bias(s, at, sequence);
+      const auto add = [](float score, float element) { return fmaf(kLog2e, element, score); };
+      if (bias.data == nullptr) {
+      } else if (bias.type == ElementType::kFloat) {
+        with_elements<float, kTransposed>(s, at, sequence, bias, bias_origin, add);
+      } else if (bias.type == ElementType::kHalf) {
+        with_elements<__half, kTransposed>(s, at, sequence, bias, bias_origin, add);
+      } else {
+        with_elements<__nv_bfloat16, kTransposed>(s, at, sequence, bias, bias_origin, add);
+      }
       if (mask.data != nullptr) {
-        for_each_element<bool>(s, at, sequence, mask, mask_origin,
-                               [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
+        with_elements<bool, kTransposed>(s, at, sequence, mask, mask_origin, [](float score, float element) {
+          return element != 0.0f ? score : minus_infinity();
+        });
       }
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      // Relative to this thread's first column: what is compared with them are then constants.
-      const Interval keys = sequence.keys(opaque(at.row(r)));
-      const int begin = keys.begin - at.first_col;
-      const int end = keys.end - at.first_col;
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
-      if (begin <= 0) continue;  // only windows have an edge there
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
-    }
   }
-
- private:
-  template <int kRows, int kCols>
-  __device__ __forceinline__ void add_bias(Fragment<kRows, kCols>& s, const Position<>& at,
-                                           const Sequence& sequence) const {
-    if (bias.data == nullptr) return;
-    const auto add = [](float score, float element) { return fmaf(kLog2e, element, score); };
-    if (bias.type == ElementType::kFloat) {
-      for_each_element<float>(s, at, sequence, bias, bias_origin, add);
-    } else if (bias.type == ElementType::kHalf) {
-      for_each_element<__half>(s, at, sequence, bias, bias_origin, add);
+  template <class T, bool kTransposed, int kRows, int kCols, class Combine>
+  __device__ __forceinline__ static void with_elements(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                       const Sequence& sequence, const ScoreTensor& tensor,
+                                                       int64_t origin, const Combine& combine) {
+    if constexpr (kTransposed) {
+      for_each_element_transposed<T>(s, at, sequence, tensor, origin, combine);
     } else {
-      for_each_element<__nv_bfloat16>(s, at, sequence, bias, bias_origin, add);
+      for_each_element<T>(s, at, sequence, tensor, origin, combine);
     }
   }
 };

@@ -48,6 +48,11 @@ struct Sequence {
     return {max(0, begin - past_keys + 1), begin < k_len ? min(q_len, min(end, k_len) - first_key) : 0};
   }
 
+  // Rows that see every key of [begin, end).
+  __device__ __forceinline__ Interval rows_of_all_keys(int begin, int end) const {
+    return {rows_of_keys(end - 1, end).begin, end <= k_len ? rows_of_keys(begin, begin + 1).end : 0};
+  }
+
  private:
   __device__ __forceinline__ static int length(const int* lengths, int b, int extent) {
     return lengths == nullptr ? extent : min(max(load_global(lengths + b), 0), extent);

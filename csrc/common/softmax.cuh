@@ -207,34 +207,72 @@ __device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Frag
   }
 }
 
-// The same in two steps, for those who have the scores before dp: in between, a masked score's p is -inf.
+// The same in two steps, for those who have the scores before dp. Between the steps a masked score is kept as -0, which
+// no exponential gives.
 template <bool kMasked, int kRows, int kCols>
-__device__ __forceinline__ void recompute_probabilities(Fragment<kRows, kCols>& s, float factor_log2,
-                                                        const float (&lse_log2)[kRows]) {
+__device__ __forceinline__ void probabilities_of_rows(Fragment<kRows, kCols>& s, float factor_log2,
+                                                      const float (&lse_log2)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       const bool hidden = kMasked && s.v[r][c] == minus_infinity();
       const float p = exp2_approximate(fmaf(s.v[r][c], factor_log2, -lse_log2[r]));
-      s.v[r][c] = hidden ? minus_infinity() : p;
+      s.v[r][c] = hidden ? -0.0f : p;
     }
   }
 }
 template <bool kMasked, int kRows, int kCols>
-__device__ __forceinline__ void probability_gradient(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
-                                                     const float (&delta)[kRows]) {
+__device__ __forceinline__ void gradients_of_rows(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
+                                                  const float (&delta)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      const bool hidden = kMasked && p.v[r][c] == minus_infinity();
+      const bool hidden = kMasked && bits_of(p.v[r][c]) == bits_of(-0.0f);
       dp.v[r][c] = hidden ? 0.0f : p.v[r][c] * (dp.v[r][c] - delta[r]);
     }
   }
 }
 
-// What softmax_gradient() wants of a fragment's rows.
+// The same of a transposed fragment, whose columns are queries: their statistics lie in shared memory, from `lse_log2`
+// and `delta` on those of the thread's first column.
+template <bool kMasked, int kRows, int kCols>
+__device__ __forceinline__ void probabilities_of_columns(Fragment<kRows, kCols>& s, float factor_log2,
+                                                         uint32_t lse_log2) {
+#pragma unroll
+  for (int c = 0; c < kCols; c += 2) {
+    const float2 lse = load_shared_f32x2(lse_log2 + Position<>::col_offset(c) * 4);
+#pragma unroll
+    for (int n = 0; n < 2 * kRows; ++n) {
+      float& x = s.v[n / 2][c + n % 2];
+      const float p = exp2_approximate(fmaf(x, factor_log2, n % 2 == 0 ? -lse.x : -lse.y));
+      x = kMasked && x == minus_infinity() ? -0.0f : p;
+    }
+  }
+}
+template <bool kMasked, int kRows, int kCols>
+__device__ __forceinline__ void gradients_of_columns(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
+                                                     uint32_t delta) {
+#pragma unroll
+  for (int c = 0; c < kCols; c += 2) {
+    const float2 d = load_shared_f32x2(delta + Position<>::col_offset(c) * 4);
+#pragma unroll
+    for (int n = 0; n < 2 * kRows; ++n) {
+      const float x = p.v[n / 2][c + n % 2];
+      float& ds = dp.v[n / 2][c + n % 2];
+      const bool hidden = kMasked && bits_of(x) == bits_of(-0.0f);
+      ds = hidden ? 0.0f : x * (ds - (n % 2 == 0 ? d.x : d.y));
+    }
+  }
+}
+
+// What softmax_gradient() wants of a query row.
+__device__ __forceinline__ float lse_in_log2_units(float lse) {
+  return lse == minus_infinity() ? INFINITY : lse * kLog2e;
+}
+
+// The same of a fragment's rows.
 template <int kRows>
 __device__ __forceinline__ void load_row_statistics(const Problem& p, const Gradients& g, const Sequence& sequence,
                                                     int b, int h, const Position<>& at, float (&lse_log2)[kRows],
@@ -244,8 +282,7 @@ __device__ __forceinline__ void load_row_statistics(const Problem& p, const Grad
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     const bool inside = i < sequence.q_len;
-    const float lse = inside ? load_global(p.lse + origin + i) : minus_infinity();
-    lse_log2[r] = lse == minus_infinity() ? INFINITY : lse * kLog2e;
+    lse_log2[r] = lse_in_log2_units(inside ? load_global(p.lse + origin + i) : minus_infinity());
     delta[r] = inside ? load_global(g.delta + origin + i) : 0.0f;
   }
 }

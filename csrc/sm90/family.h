@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "launch.h"
 #include "problem.h"
+#include "sm90/backward_tiles.h"
 #include "sm90/tiles.h"
 
 namespace jfa::sm90 {

@@ -1,26 +1,11 @@
 // The epilogue of the Hopper forward: one warp's 16 finished rows.
 #pragma once
 
-#include "common/schedule.cuh"
 #include "common/softmax.cuh"
 #include "sm90/forward_work.cuh"
+#include "sm90/store_rows.cuh"
 
 namespace jfa::sm90 {
-
-// Four lanes hold a 4 x 4 matrix, a row each; afterwards a column each.
-__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {  // exchange off-diagonal elements of pairs, then of pairs of pairs
-    const bool upper = (lane & step) == 0;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int n = step == 1 ? 2 * i : i;
-      const uint32_t received = shuffle_xor(upper ? x[n + step] : x[n], step);
-      x[n] = upper ? x[n] : received;
-      x[n + step] = upper ? received : x[n + step];
-    }
-  }
-}
 
 // Writes one warp's 16 finished rows. lse is written for rows inside the tensor, with -inf for those past q_len.
 template <class Element, class Shape>
@@ -68,27 +53,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
       tma_store_commit();
     }
   } else {
-    // A quad of lanes holds 32 columns of a row in pieces of 2; it turns them into pieces of 8, 16 bytes a lane.
-    const int quad = lane_index() % 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = opaque(at.row(r));
-      uint16_t* row = head_of(p.o, item.batch, item.head) + i * p.o.row_stride;
-#pragma unroll
-      for (int block = 0; block < Shape::kValueDim / 32; ++block) {
-        uint32_t x[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const int c = 8 * block + 2 * n;
-          x[n] = pack<Element>(o.v[r][c] * inverse[r], o.v[r][c + 1] * inverse[r]);
-        }
-        transpose_quad(x, quad);
-        const int col = 32 * block + 8 * quad;
-        if (i < p.shape.q_len && col < p.shape.value_dim) {
-          store_global_128(row + col, uint4{x[0], x[1], x[2], x[3]});
-        }
-      }
-    }
+    store_rows<Element>(o, inverse, p.o, item.batch, item.head, warp_row, p.shape.q_len, p.shape.value_dim);
   }
   // Last, because the fence above waits for all stores before it.
 #pragma unroll

@@ -1,19 +1,61 @@
 // Host side of the Hopper backward: delta, then dK and dV with dQ's accumulator, then dQ.
 #pragma once
 
+#include <algorithm>
+
 #include "common/prepare_backward.cuh"
 #include "dispatch.h"
+#include "sm90/backward.cuh"
 #include "sm90/family.h"
 #include "sm90/launch_backward_query.cuh"
+#include "sm90/store_dq.cuh"
 
 namespace jfa::sm90 {
+
+// dK and dV, and unless deterministic dQ.
+template <class Element, class Shape, bool kGeneral>
+Status launch_key_gradients(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
+  static_assert(sizeof(BackwardSmem<Shape>) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
+                "a tile of backward_tiles.h does not fit into shared memory");
+  const jfa::Shape& s = p.shape;
+  BackwardArguments a;
+  a.p = p;
+  a.g = g;
+  a.order = backward_order(p, Shape::kK);
+  Status status = Status::Ok();
+  if (a.order.items > 0) {
+    const bool has_queries = s.q_len > 0;  // an empty array may have no address
+    status = make_tensor_map(a.q, has_queries ? p.q : p.k, p.type, s.head_dim, s.q_len, s.heads, s.batch, Shape::kQ);
+    if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
+    if (status.ok()) status = make_tensor_map(a.v, p.v, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
+    if (status.ok()) {
+      status =
+          make_tensor_map(a.d_o, has_queries ? g.d_o : p.v, p.type, s.value_dim, s.q_len, s.heads, s.batch, Shape::kQ);
+    }
+    if (!status.ok()) return status;
+    const int64_t workers = std::min(a.order.items, std::max(multiprocessors, 1));
+    status = launch("jax_flashattn sm90 backward", backward<Element, Shape, kGeneral>,
+                    Grid{workers, Shape::kThreads, Shape::kSharedBytes}, stream, a);
+  }
+  if (!status.ok() || g.deterministic) return status;
+  return launch("jax_flashattn sm90 store_dq", store_dq<Element, Shape>,
+                Grid{query_tiles(p, Shape::kQ) * s.heads * s.batch, kStoreThreads, sizeof(StoreSmem<Shape>)}, stream, p,
+                g);
+}
 
 template <int kHeadDim>
 Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
     Status status = launch_prepare_backward<Element, Sm90>(p, g, stream);
-    if (status.ok() && (g.deterministic || kHeadDim >= 192)) {
+    if (!status.ok()) return status;
+    if constexpr (kHeadDim <= 128) {
+      status = with_backward_tile<kHeadDim>(p, [&](auto tile, auto general) {
+        using Shape = typename decltype(tile)::type;
+        return launch_key_gradients<Element, Shape, general.value>(p, g, multiprocessors, stream);
+      });
+    }
+    if (status.ok() && (g.deterministic || kHeadDim > 128)) {
       status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
     }
     return status;

@@ -95,6 +95,12 @@ __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.w
 // synchronise with it (9.7.13.4).
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// 9.7.13.2 red: four sums at once, at an address of 16 bytes. They are added in the order of arrival.
+__device__ __forceinline__ void add_global_x4(float* pointer, float4 v) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
 // ---- threads
 
 // True in one lane of the warp, which must be converged (9.7.13.14). Unlike a test of the lane's index it lets the
@@ -150,6 +156,13 @@ __device__ __forceinline__ void store_remote_32(uint32_t shared, uint32_t value,
 __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
                "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// The same into the transposed matrices: of matrix i, r[i] becomes (rows 2 (l % 4) and 2 (l % 4) + 1, column l / 4).
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
 

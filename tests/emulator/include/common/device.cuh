@@ -94,6 +94,9 @@ inline T copy_from(const unsigned char* bytes) {
 inline float load_shared_f32(uint32_t address, Site site = {}) {
   return copy_from<float>(emulator::machine().read_shared(address, 4, {"load_shared_f32", site}));
 }
+inline float2 load_shared_f32x2(uint32_t address, Site site = {}) {
+  return copy_from<float2>(emulator::machine().read_shared(address, 8, {"load_shared_f32x2", site}));
+}
 inline uint32_t load_shared_32(uint32_t address, Site site = {}) {
   return copy_from<uint32_t>(emulator::machine().read_shared(address, 4, {"load_shared_32", site}));
 }

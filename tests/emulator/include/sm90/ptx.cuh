@@ -71,6 +71,12 @@ inline void fence_async_shared() {
   ++m.count().proxy_fences;
 }
 
+inline void add_global_x4(float* pointer, float4 value, Site site = {}) {
+  unsigned char* to = emulator::machine().add_global(pointer, 16, {"add_global_x4", site});
+  const float terms[4] = {value.x, value.y, value.z, value.w};
+  for (int i = 0; i < 4; ++i) emulator::add_float(to + 4 * i, terms[i]);
+}
+
 // ---- threads
 
 inline bool elect_one(Site site = {}) {
@@ -118,6 +124,27 @@ inline void store_matrix_x4(uint32_t address, const uint32_t (&r)[4], Site site 
       addresses[lane] = lanes[lane]->address;
       for (int matrix = 0; matrix < 4; ++matrix) {
         memcpy(lanes[matrix * 8 + lane / 4]->row + lane % 4 * 4, &lanes[lane]->r[matrix], 4);
+      }
+    }
+    count_matrices(addresses);
+  });
+}
+
+// The same, but the two elements of a register go to neighbouring rows.
+inline void store_matrix_x4_transposed(uint32_t address, const uint32_t (&r)[4], Site site = {}) {
+  const emulator::Where where = {"store_matrix_x4_transposed", site};
+  struct Operand {
+    uint32_t address;
+    const uint32_t* r;
+    unsigned char* row;
+  } mine = {address, r, emulator::machine().write_shared(address, 16, where)};
+  emulator::machine().collective(mine, where, [](Operand* const(&lanes)[kWarpThreads]) {
+    uint32_t addresses[kWarpThreads];
+    for (int lane = 0; lane < kWarpThreads; ++lane) {
+      addresses[lane] = lanes[lane]->address;
+      for (int n = 0; n < 8; ++n) {
+        const uint16_t element = uint16_t(lanes[lane]->r[n / 2] >> 16 * (n % 2));
+        memcpy(lanes[n / 2 * 8 + lane % 4 * 2 + n % 2]->row + lane / 4 * 2, &element, 2);
       }
     }
     count_matrices(addresses);

@@ -1,0 +1,400 @@
+// Backward, Hopper family, for head dims whose dK and dV fit into registers beside the scores:
+//   dV = P^T dO,   dS = P (dO V^T - delta),   dK = scale dS^T Q,   dQ = scale dS K
+//
+// Persistent blocks; an item is a key tile of one key/value head, with the query tiles that see its keys, for each
+// query head of the group in turn. Warp 0 loads: K and V of an item, then Q and dO through a ring. Warp 1 reads the
+// rows' statistics. The warpgroups that compute own 64 keys each. They compute S^T = K Q^T and dP^T = V dO^T, so that
+// P^T and dS^T come out of the accumulators as operands from registers. dS also goes through shared memory, transposed,
+// and all warpgroups together make of it the tile's part of dQ, which is added to an accumulator in device memory, in
+// the order of the registers: see backward_tiles.h. store_dq() then only scales, rounds and puts rows in order. In
+// deterministic mode there is no dQ here.
+#pragma once
+
+#include "common/scores.cuh"
+#include "common/softmax.cuh"
+#include "sm90/backward_work.cuh"
+#include "sm90/store_rows.cuh"
+
+namespace jfa::sm90 {
+
+// The role of the warp that loads.
+template <class Shape>
+__device__ __forceinline__ void load_backward(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
+  using KeyTile = decltype(smem.k);
+  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+  const uint32_t landed = shared_address(&smem.landed);
+  RingPosition<Shape::kStages> at(1);
+  uint32_t landed_parity = 0;
+
+  // Rows of a tile that take no part become zeros: what lies there belongs to others, and 0 x NaN is NaN. `length` is
+  // the tensor's own: past it TMA writes zeros.
+  const auto load_tile = [&](auto type, const TensorMap& map, uint32_t to, uint32_t full, int first, Interval part,
+                             int length, int head, int batch) {
+    using Tile = typename decltype(type)::type;
+    const bool clean = first < part.begin || part.end < min(first + Tile::kRows, length);
+    if (elect_one()) {
+      const uint32_t mbarrier = clean ? landed : full;
+      mbarrier_arrive_expect(mbarrier, Tile::kBytes);
+#pragma unroll
+      for (int c = 0; c < Tile::kChunks; ++c) {
+        tma_load(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, first, head, batch);
+      }
+    }
+    if (!clean) return;
+    mbarrier_wait(landed, landed_parity);
+    landed_parity ^= 1;
+#pragma unroll 1
+    for (int row = 0; row < Tile::kRows; ++row) {
+      if (part.contains(first + row)) continue;
+      for (int chunk = lane_index(); chunk < Tile::kChunks * 8; chunk += kWarpThreads) {
+        store_shared_128(to + Tile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
+      }
+    }
+    fence_async_shared();
+    arrive_for_warp(full);
+  };
+
+  int number = block_index();
+#pragma unroll 1
+  for (unsigned published = 0;; ++published) {
+    Interval rows{};
+    BackwardItem item{-1, 0, 0, 0, 0, 0, 0};
+    if (number < a.order.items) item = backward_item<Shape>(a, number, rows);
+    if (lane_index() == 0) {
+      store_item(shared_address(&smem.items[published % kBackwardItems]), item);
+      mbarrier_arrive(shared_address(&smem.item_ready[published % kBackwardItems]));
+    }
+    warp_barrier();
+    if (item.first_key < 0) break;
+    int drawn = 0;
+    if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
+
+    const auto load_q = [&](int h, int i) {
+      mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);
+      load_tile(Type<QueryTile>{}, a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), i,
+                rows, a.p.shape.q_len, h, item.batch);
+    };
+    const auto load_d_o = [&](int h, int i) {
+      mbarrier_wait(shared_address(&smem.d_o_free[at.slot]), at.parity);
+      load_tile(Type<QueryTile>{}, a.d_o, shared_address(smem.d_o[at.slot].bytes),
+                shared_address(&smem.d_o_full[at.slot]), i, rows, a.p.shape.q_len, h, item.batch);
+    };
+    const int group = a.p.shape.heads / a.p.shape.kv_heads;
+    bool early = item.q_tiles > 0;  // the first Q is on its way while the item before is being finished
+    if (early) load_q(item.kv_head * group, item.first_row);
+    mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);
+    const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
+    const Interval all{item.first_key, item.first_key + Shape::kK};
+    load_tile(Type<KeyTile>{}, a.k, shared_address(smem.k.bytes), shared_address(&smem.kv_full), item.first_key,
+              item.q_tiles > 0 ? sequence.keys_of_rows(rows.begin, rows.end) : all, a.p.shape.k_len, item.kv_head,
+              item.batch);
+    load_tile(Type<KeyTile>{}, a.v, shared_address(smem.v.bytes), shared_address(&smem.kv_full), item.first_key, all,
+              a.p.shape.k_len, item.kv_head, item.batch);
+#pragma unroll 1
+    for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
+#pragma unroll 1
+      for (int i = item.first_row; i < rows.end; i += Shape::kQ) {
+        if (!early) load_q(h, i);
+        early = false;
+        load_d_o(h, i);
+        at.advance();
+      }
+    }
+    number = int(broadcast(drawn));
+  }
+}
+
+// The role of the warp that reads the rows' log-sum-exp and delta.
+template <class Shape>
+__device__ __forceinline__ void load_statistics(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
+  constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
+  RingPosition<Shape::kStages> at(1);
+#pragma unroll 1
+  for (unsigned taken = 0;; ++taken) {
+    const BackwardItem item = wait_for_item(smem, taken);
+    if (item.first_key < 0) break;
+    const int group = a.p.shape.heads / a.p.shape.kv_heads;
+#pragma unroll 1
+    for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
+#pragma unroll 1
+      for (int tile = 0; tile < item.q_tiles; ++tile) {
+        const int64_t origin = (int64_t(item.batch) * a.p.shape.heads + h) * a.p.shape.q_len;
+        float lse[kRowsPerLane], delta[kRowsPerLane];
+#pragma unroll
+        for (int n = 0; n < kRowsPerLane; ++n) {
+          const int i = item.first_row + tile * Shape::kQ + n * kWarpThreads + lane_index();
+          const bool inside = i < item.q_len;
+          lse[n] = inside ? load_global(a.p.lse + origin + i) : minus_infinity();
+          delta[n] = inside ? load_global(a.g.delta + origin + i) : 0.0f;
+        }
+        mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);
+#pragma unroll
+        for (int n = 0; n < kRowsPerLane; ++n) {
+          const int row = n * kWarpThreads + lane_index();
+          store_shared_f32(shared_address(&smem.rows[at.slot].lse_log2[row]), lse_in_log2_units(lse[n]));
+          store_shared_f32(shared_address(&smem.rows[at.slot].delta[row]), delta[n]);
+        }
+        arrive_for_warp(shared_address(&smem.q_full[at.slot]));
+        at.advance();
+      }
+    }
+    // The item has been read. Without the wait this warp could arrive for the next one in the same phase.
+    mbarrier_wait(shared_address(&smem.kv_full), taken % 2);
+    arrive_for_warp(shared_address(&smem.kv_free));
+  }
+}
+
+// S^T = K Q^T, and dP^T = V dO^T: one warpgroup's 64 keys. Products are issued, not waited for, here and below.
+template <class Element, class Shape>
+__device__ __forceinline__ void issue_scores_transposed(Fragment<2, Shape::kQ / 4>& s, uint32_t keys,
+                                                        uint32_t queries) {
+  constexpr int kKeyChunk = Tile<Shape::kK, Shape::kHeadDim>::kChunkBytes;
+  constexpr int kQueryChunk = Tile<Shape::kQ, Shape::kHeadDim>::kChunkBytes;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
+    Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, descriptor_at(keys, step / 4 * kKeyChunk + step % 4 * 32),
+                                                         descriptor_at(queries, step / 4 * kQueryChunk + step % 4 * 32),
+                                                         step != 0);
+  }
+  wgmma_commit();
+}
+
+// dV += P^T dO, and dK += dS^T Q
+template <class Element, class Shape>
+__device__ __forceinline__ void issue_key_gradient(Fragment<2, Shape::kHeadDim / 4>& d,
+                                                   const uint32_t (&x)[Shape::kQ / 16][4], uint32_t queries) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Shape::kQ / 16; ++step) {
+    Wgmma<Shape::kHeadDim>::template rs<Element, true>(d.v, x[step], descriptor_at(queries, step * 16 * kRowBytes),
+                                                       true);
+  }
+  wgmma_commit();
+}
+
+// One warpgroup's share of dQ = dS K, or of its transposed.
+template <class Shape>
+using QueryGradient = Fragment<2, (Shape::kShare == QueryShare::kRows ? Shape::kHeadDim : Shape::kQ) / 4>;
+
+template <class Element, class Shape>
+__device__ __forceinline__ void issue_query_gradient(QueryGradient<Shape>& dq, uint32_t ds, uint32_t keys) {
+  constexpr int kChunk = Tile<Shape::kQ, Shape::kK>::kChunkBytes;
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Shape::kK / 16; ++step) {
+    const uint64_t scores = descriptor_at(ds, step / 4 * kChunk + step % 4 * 32);
+    const uint64_t columns = descriptor_at(keys, step * 16 * kRowBytes);
+    if constexpr (Shape::kShare == QueryShare::kRows) {
+      Wgmma<Shape::kHeadDim>::template ss<Element, false, true>(dq.v, scores, columns, step != 0);
+    } else {
+      Wgmma<Shape::kQ>::template ss<Element, true, false>(dq.v, columns, scores, step != 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// Adds a warp's band to the accumulator.
+template <class Shape>
+__device__ __forceinline__ void reduce_query_gradient(const QueryGradient<Shape>& dq, float* tile, int band) {
+  using Layout = QueryGradientLayout<Shape>;
+  if (band >= Layout::kBands) return;  // columns past the head dim
+  float* to = tile + band * Layout::kBandFloats + lane_index() * Layout::kLaneFloats;
+#pragma unroll
+  for (int n = 0; n < Layout::kPieces; ++n) {
+    add_global_x4(to + n * Layout::kPieceFloats,
+                  float4{dq.v[0][2 * n], dq.v[0][2 * n + 1], dq.v[1][2 * n], dq.v[1][2 * n + 1]});
+  }
+}
+
+// The operand registers of a product that sums over the fragment's columns, rounded.
+template <class Element, int kCols>
+__device__ __forceinline__ void to_operand(uint32_t (&x)[kCols / 4][4], const Fragment<2, kCols>& s) {
+#pragma unroll
+  for (int step = 0; step < kCols / 4; ++step) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int c = 4 * step + n / 2 * 2;
+      x[step][n] = pack<Element>(s.v[n % 2][c], s.v[n % 2][c + 1]);
+    }
+  }
+}
+
+// Writes a warp's 16 finished rows of dK and dV; those past k_len are zero, not what 0 x NaN made of them.
+template <class Element, class Shape, bool kGeneral>
+__device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, const BackwardItem& item,
+                                                    Fragment<2, Shape::kHeadDim / 4>& dk,
+                                                    Fragment<2, Shape::kHeadDim / 4>& dv) {
+  const Problem& p = a.p;
+  const int row = item.first_key + (thread_index() / kWarpThreads - 4) * 16;
+  const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
+  const float scales[2] = {scale, scale}, ones[2] = {1.0f, 1.0f};
+  if (row + 16 > item.k_len) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (Position<>(row, 0).row(r) < item.k_len) continue;
+#pragma unroll
+      for (int c = 0; c < Shape::kHeadDim / 4; ++c) dk.v[r][c] = dv.v[r][c] = 0.0f;
+    }
+  }
+  store_rows<Element>(dv, ones, a.g.dv, item.batch, item.kv_head, row, p.shape.k_len, p.shape.value_dim);
+  store_rows<Element>(dk, scales, a.g.dk, item.batch, item.kv_head, row, p.shape.k_len, p.shape.head_dim);
+}
+
+// The role of a warpgroup that computes.
+template <class Element, class Shape, bool kGeneral>
+__device__ __forceinline__ void compute_backward(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
+  using KeyTile = decltype(smem.k);
+  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+  using ScoreTile = Tile<Shape::kQ, Shape::kK>;
+  using Rule = ScoreRule<kGeneral>;
+  constexpr int kQueryPlace = QueryTile::kBytes / 16, kScorePlace = ScoreTile::kBytes / 16;  // in a descriptor's units
+  const int warpgroup = warp_index() / 4 - 1;
+  const int warp = warp_index() - 4;
+  const uint32_t own_rows = warpgroup * kWarpgroupRows * kRowBytes;
+  const uint32_t k_rows = descriptor(shared_address(smem.k.bytes) + own_rows);
+  const uint32_t v_rows = descriptor(shared_address(smem.v.bytes) + own_rows);
+  // What of K makes this warpgroup's share of dQ: all columns, or a chunk of 64.
+  const int k_chunk = Shape::kShare == QueryShare::kColumns ? warpgroup : 0;
+  const uint32_t k_columns =
+      descriptor(shared_address(smem.k.bytes) + k_chunk * KeyTile::kChunkBytes, KeyTile::kChunkBytes);
+  const uint32_t q = descriptor(shared_address(smem.q[0].bytes), QueryTile::kChunkBytes);
+  const uint32_t d_o = descriptor(shared_address(smem.d_o[0].bytes), QueryTile::kChunkBytes);
+  const uint32_t ds =
+      descriptor(shared_address(smem.ds[0].bytes) + (Shape::kShare == QueryShare::kRows ? own_rows : 0));
+  // A lane's row of the four matrices it stores of dS for 16 queries: two along the keys, two along the queries.
+  const uint32_t ds_place =
+      shared_address(smem.ds[0].bytes) +
+      ScoreTile::offset_bytes(lane_index() / 16 * 8 + lane_index() % 8, 2 * warp + lane_index() / 8 % 2);
+  const float factor_log2 = Rule::factor_of(a.p.scores);
+  const int group = a.p.shape.heads / a.p.shape.kv_heads;
+
+  RingPosition<Shape::kStages> at(0);
+  int turn = 0;  // of kTurns: whose it is
+#pragma unroll 1
+  for (unsigned taken = 0;; ++taken) {
+    const BackwardItem item = wait_for_item(smem, taken);
+    if (item.first_key < 0) break;
+    const int first_row = broadcast(item.first_row);
+    const int end = first_row + broadcast(item.q_tiles) * Shape::kQ;
+    const int first_key = broadcast(item.first_key) + warp * 16;
+    // Queries that see all keys of this warp.
+    const Interval unmasked =
+        Sequence(a.p.visibility, item.q_len, item.k_len).rows_of_all_keys(first_key, first_key + 16);
+    Fragment<2, Shape::kHeadDim / 4> dk, dv;
+    dk.clear();
+    dv.clear();
+    mbarrier_wait(shared_address(&smem.kv_full), taken % 2);
+
+    int h = broadcast(item.kv_head) * group;
+    int heads_left = item.q_tiles > 0 ? group : 0;
+    int i = first_row;
+#pragma unroll 1
+    while (heads_left > 0) {
+      const int slot = at.slot;
+      const uint32_t statistics = shared_address(&smem.rows[slot]) + lane_index() % 4 * 8;
+      Fragment<2, Shape::kQ / 4> s, dp;
+      uint32_t p_operand[Shape::kQ / 16][4], ds_operand[Shape::kQ / 16][4];
+
+      mbarrier_wait(shared_address(&smem.q_full[slot]), at.parity);
+      issue_scores_transposed<Element, Shape>(s, k_rows, q + slot * kQueryPlace);
+      mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);
+      issue_scores_transposed<Element, Shape>(dp, v_rows, d_o + slot * kQueryPlace);
+
+      wgmma_wait<1>();
+      s.settle_all();  // or the compiler looks at the scores before their product has been waited for
+      const bool masked = Rule::needs_mask(unmasked, i, i + Shape::kQ);
+      if (masked) {
+        const BackwardItem now = load_backward_item(shared_address(&smem.items[taken % kBackwardItems]));
+        Rule(a.p.scores, now.batch, h)
+            .apply_transposed(s, Position<>(first_key, i), Sequence(a.p.visibility, now.q_len, now.k_len));
+        probabilities_of_columns<true>(s, factor_log2, statistics);
+      } else {
+        probabilities_of_columns<false>(s, factor_log2, statistics);
+      }
+      wgmma_wait<0>();
+      dp.settle_all();
+      if (masked) {
+        gradients_of_columns<true>(s, dp, statistics + Shape::kQ * 4);
+      } else {
+        gradients_of_columns<false>(s, dp, statistics + Shape::kQ * 4);
+      }
+      to_operand<Element>(p_operand, s);
+      to_operand<Element>(ds_operand, dp);
+#pragma unroll
+      for (int step = 0; step < Shape::kQ / 16; ++step) {
+        store_matrix_x4_transposed(ds_place + slot * ScoreTile::kBytes + step * 16 * kRowBytes, ds_operand[step]);
+      }
+      fence_async_shared();
+      issue_key_gradient<Element, Shape>(dv, p_operand, d_o + slot * kQueryPlace);
+
+      const auto release_d_o = [&] {  // wgmma reads for the whole warpgroup, and so does its wait
+        if (thread_index() % kWarpgroupThreads == 0) mbarrier_arrive(shared_address(&smem.d_o_free[slot]));
+      };
+      const bool mine = !a.g.deterministic && (Shape::kShare != QueryShare::kTurns || turn == warpgroup);
+      if (mine) {
+        QueryGradient<Shape> dq;
+        named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);  // dS is complete
+        issue_query_gradient<Element, Shape>(dq, ds + slot * kScorePlace, k_columns);
+        wgmma_wait<1>();
+        release_d_o();
+        issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
+        wgmma_wait<1>();
+        dq.settle_all();
+        const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
+        reduce_query_gradient<Shape>(dq, dq_tile<Shape>(a.p, a.g, batch, h, i),
+                                     Shape::kShare == QueryShare::kTurns ? warp % 4 : warp);
+      } else {
+        if (!a.g.deterministic) named_barrier_arrive(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);
+        issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
+        wgmma_wait<1>();
+        release_d_o();
+      }
+      wgmma_wait<0>();
+      arrive_for_warp(shared_address(&smem.q_free[slot]));  // its statistics were read by every warp
+
+      at.advance();
+      if (Shape::kShare == QueryShare::kTurns && ++turn == Shape::kWarpgroups) turn = 0;
+      i += Shape::kQ;
+      if (i == end) {
+        i = first_row;
+        ++h;
+        --heads_left;
+      }
+    }
+    arrive_for_warp(shared_address(&smem.kv_free));
+    dk.settle_all();
+    dv.settle_all();
+    store_key_gradients<Element, Shape, kGeneral>(
+        a, load_backward_item(shared_address(&smem.items[taken % kBackwardItems])), dk, dv);
+  }
+}
+
+template <class Element, class Shape, bool kGeneral>
+__global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_constant__ BackwardArguments a) {
+  auto& smem = shared_memory<BackwardSmem<Shape>>();
+  if (thread_index() == 0) {
+    for (int n = 0; n < kBackwardItems; ++n) mbarrier_init(shared_address(&smem.item_ready[n]), 1);
+    mbarrier_init(shared_address(&smem.kv_full), 2);                           // K and V
+    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * 4 + 1);  // and the warp that reads statistics
+    mbarrier_init(shared_address(&smem.landed), 1);
+    for (int n = 0; n < Shape::kStages; ++n) {
+      mbarrier_init(shared_address(&smem.q_full[n]), 2);  // Q and the statistics
+      mbarrier_init(shared_address(&smem.q_free[n]), Shape::kWarpgroups * 4);
+      mbarrier_init(shared_address(&smem.d_o_full[n]), 1);
+      mbarrier_init(shared_address(&smem.d_o_free[n]), Shape::kWarpgroups);
+    }
+    mbarrier_init_fence();
+  }
+  barrier();
+  if (warp_index() < 4) {
+    shrink_registers<Shape::kLoadRegisters>();
+    if (warp_index() == 0) load_backward<Shape>(a, smem);
+    if (warp_index() == 1) load_statistics<Shape>(a, smem);
+  } else {
+    grow_registers<Shape::kComputeRegisters>();
+    compute_backward<Element, Shape, kGeneral>(a, smem);
+  }
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,133 @@
+// The shapes the Hopper family's key-owning backward is compiled in, the one function that chooses among them, and the
+// size of what it accumulates.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "dispatch.h"
+#include "problem.h"
+#include "sm90/tiles.h"
+
+namespace jfa::sm90 {
+
+// How the warpgroups share a tile of dQ, kQ rows of kHeadDim.
+enum class QueryShare {
+  kRows,     // dQ = dS K: 64 rows each
+  kColumns,  // dQ^T = K^T dS^T: 64 columns each
+  kTurns,    // dQ^T as well, but all of it by one of them, another one in each step
+};
+
+// A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
+// come through a ring of kStages places.
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_>
+struct BackwardTile {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kQ = kQ_;
+  static constexpr int kK = kWarpgroups * kWarpgroupRows;
+  static constexpr int kStages = 2;
+  static constexpr QueryShare kShare = kShare_;
+  static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  // As in ForwardTile: the shares of the roles, in what the block has when it starts.
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
+  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : 240;
+  static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <= 65536 / kThreads / 8 * 8 * (kWarpgroups + 1),
+                "the warpgroups of a block do not have that many registers together");
+
+  static constexpr int kWideHeadDim = (kHeadDim + 63) / 64 * 64;  // in shared memory, in whole chunks of 64 columns
+  static_assert(kShare != QueryShare::kRows || kQ == kWarpgroups * kWarpgroupRows, "each warpgroup has 64 rows of dQ");
+  static_assert(kShare != QueryShare::kColumns || kWideHeadDim == kWarpgroups * 64,
+                "each warpgroup has 64 columns of dQ");
+  static_assert(kShare != QueryShare::kTurns || kWideHeadDim == 64, "dQ^T in turns is one product, of 64 rows");
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kSharedBytes = 2 * 2 * kK * kWideHeadDim + kStages * 2 * 2 * kQ * kWideHeadDim +
+                                      2 * 2 * kQ * kK + kStages * 2 * 4 * kQ + kBarrierBytes;
+};
+
+// For each head dim: what each kind of call runs.
+template <int kHeadDim>
+struct BackwardTiles {
+  using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;
+  using Short = Long;
+  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns>;  // 64 queries spill while they read a bias
+};
+template <>
+struct BackwardTiles<96> {
+  using Long = BackwardTile<96, 2, 64, QueryShare::kColumns>;
+  using Short = Long;
+  using General = Long;
+};
+template <>
+struct BackwardTiles<64> {
+  using Long = BackwardTile<64, 3, 64, QueryShare::kTurns>;
+  using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;
+  using General = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+};
+
+// Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
+template <int kHeadDim, class F>
+auto with_backward_tile(const Problem& p, F&& f) {
+  constexpr int kLong = 4096;
+  using Tiles = BackwardTiles<kHeadDim>;
+  if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+  if (p.shape.q_len < kLong) return f(Type<typename Tiles::Short>{}, std::false_type{});
+  return f(Type<typename Tiles::Long>{}, std::false_type{});
+}
+
+// Tiles of dQ are accumulated in f32, in the order of the threads' registers. A tile is cut into bands, each the 16
+// rows of dQ (or, transposed, 16 columns) that a warp has, and a band into pieces of 16 x 8, where each lane has 4
+// numbers side by side.
+template <class Tile>
+struct QueryGradientLayout {
+  static constexpr bool kTransposed = Tile::kShare != QueryShare::kRows;
+  static constexpr int kBands = (kTransposed ? Tile::kHeadDim : Tile::kQ) / 16;
+  static constexpr int kPieces = (kTransposed ? Tile::kQ : Tile::kHeadDim) / 8;
+  static constexpr int kLaneFloats = 4;
+  static constexpr int kPieceFloats = 32 * kLaneFloats;
+  static constexpr int kBandFloats = kPieces * kPieceFloats;
+  static constexpr int kTileFloats = kBands * kBandFloats;
+  static_assert(kTileFloats == Tile::kQ * Tile::kHeadDim);
+};
+
+inline int64_t query_tiles(const Problem& p, int q_tile) { return (int64_t(p.shape.q_len) + q_tile - 1) / q_tile; }
+
+// Of Gradients::dq_accumulator.
+template <int kHeadDim>
+int64_t dq_accumulator_floats(const Problem& p) {
+  if constexpr (kHeadDim > 128) {
+    return 0;
+  } else {
+    return with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
+      using Tile = typename decltype(tile)::type;
+      const int64_t tiles = int64_t(p.shape.batch) * p.shape.heads * query_tiles(p, Tile::kQ);
+      return tiles * QueryGradientLayout<Tile>::kTileFloats;
+    });
+  }
+}
+
+// Items are numbered in sections of heads whose queries, dO and accumulated dQ stay in the L2 together; within a
+// section the first key tiles of all heads come first, since with causality most queries see them. All heads at once
+// cost 20 to 25 % (d 128 at 1024 tokens, d 64 at 4096).
+struct BackwardOrder {
+  int k_tiles = 0;
+  int items = 0;
+  int section_heads = 1;  // of keys, counted over heads and batch
+};
+
+inline BackwardOrder backward_order(const Problem& p, int k_tile) {
+  constexpr int64_t kSectionBytes = 20 << 20;
+  BackwardOrder order;
+  const int64_t heads = int64_t(p.shape.kv_heads) * p.shape.batch;
+  order.k_tiles = (p.shape.k_len + k_tile - 1) / k_tile;
+  order.items = static_cast<int>(order.k_tiles * heads);
+  const int64_t group = p.shape.heads / p.shape.kv_heads;
+  const int64_t head_bytes =
+      group * p.shape.q_len * (2 * (p.shape.head_dim + p.shape.value_dim) + 4 * p.shape.head_dim);
+  const int64_t fit = head_bytes > 0 ? kSectionBytes / head_bytes : heads;
+  order.section_heads = static_cast<int>(std::min(std::max<int64_t>(fit, 1), std::max<int64_t>(heads, 1)));
+  return order;
+}
+
+}  // namespace jfa::sm90

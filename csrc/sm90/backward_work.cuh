@@ -1,0 +1,97 @@
+// What the roles of the Hopper backward share: the arguments, the picture of shared memory, and the items of work.
+#pragma once
+
+#include "common/schedule.cuh"
+#include "common/sequence.cuh"
+#include "sm90/backward_tiles.h"
+#include "sm90/pipeline.cuh"
+#include "sm90/shared_matrix.cuh"
+
+namespace jfa::sm90 {
+
+struct BackwardArguments {
+  TensorMap q, k, v, d_o;
+  Problem p;
+  Gradients g;
+  BackwardOrder order;
+};
+
+// One item as the roles see it: a key tile, and the query tiles that see some of its keys, the same for each query head
+// of the group. Computed once, by the warp that loads.
+struct BackwardItem {
+  int first_key;  // negative: there is no more work
+  int kv_head, batch;
+  int q_len, k_len;
+  int first_row, q_tiles;  // on the grid of tiles that all key tiles share; possibly none
+};
+// An item is read for the last time while the next two are published.
+constexpr int kBackwardItems = 4;
+
+template <class Shape>
+struct BackwardSmem {
+  struct Stage {
+    float lse_log2[Shape::kQ];  // +inf for a row that sees nothing
+    float delta[Shape::kQ];
+  };
+  Tile<Shape::kK, Shape::kHeadDim> k, v;
+  Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages], d_o[Shape::kStages];
+  Tile<Shape::kQ, Shape::kK> ds[Shape::kStages];
+  alignas(16) Stage rows[Shape::kStages];  // full and free with q
+  alignas(8) uint64_t q_full[Shape::kStages], q_free[Shape::kStages];
+  uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
+  uint64_t kv_full, kv_free;
+  uint64_t landed;  // a tile that has to be cleaned before it is full
+  uint64_t item_ready[kBackwardItems];
+  BackwardItem items[kBackwardItems];
+};
+
+__device__ __forceinline__ void store_item(uint32_t to, const BackwardItem& item) {
+  const int words[] = {item.first_key, item.kv_head, item.batch, item.q_len, item.k_len, item.first_row, item.q_tiles};
+#pragma unroll
+  for (int n = 0; n < 7; ++n) store_shared_32(to + 4 * n, words[n]);
+}
+__device__ __forceinline__ BackwardItem load_backward_item(uint32_t from) {
+  int words[7];
+#pragma unroll
+  for (int n = 0; n < 7; ++n) words[n] = load_shared_32(from + 4 * n);
+  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6]};
+}
+// The item with that count, when it has been published.
+template <class Shape>
+__device__ __forceinline__ BackwardItem wait_for_item(const BackwardSmem<Shape>& smem, unsigned count) {
+  const unsigned slot = count % kBackwardItems;
+  mbarrier_wait(shared_address(&smem.item_ready[slot]), count / kBackwardItems % 2);
+  return load_backward_item(shared_address(&smem.items[slot]));
+}
+
+// The item with that number: sections of heads, in each of them the first key tiles of all heads first. `rows` are the
+// queries that see some key of the tile.
+template <class Shape>
+__device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a, int number, Interval& rows) {
+  const BackwardOrder& order = a.order;
+  const int section = number / (order.section_heads * order.k_tiles);
+  const int first_head = section * order.section_heads;
+  const int rest = number - first_head * order.k_tiles;
+  const int heads = min(order.section_heads, a.p.shape.kv_heads * a.p.shape.batch - first_head);
+  const int head = first_head + rest % heads;
+  BackwardItem item;
+  item.first_key = rest / heads * Shape::kK;
+  item.batch = head / a.p.shape.kv_heads;
+  item.kv_head = head % a.p.shape.kv_heads;
+  const Sequence sequence(a.p, item.batch);
+  item.q_len = sequence.q_len;
+  item.k_len = sequence.k_len;
+  rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);
+  item.first_row = rows.begin / Shape::kQ * Shape::kQ;
+  item.q_tiles = rows.empty() ? 0 : ceil_div(rows.end - item.first_row, Shape::kQ);
+  return item;
+}
+
+// Where the pieces of one tile of dQ begin.
+template <class Shape>
+__device__ __forceinline__ float* dq_tile(const Problem& p, const Gradients& g, int b, int h, int row) {
+  const int64_t tile = (int64_t(b) * p.shape.heads + h) * ceil_div(p.shape.q_len, Shape::kQ) + row / Shape::kQ;
+  return g.dq_accumulator + tile * QueryGradientLayout<Shape>::kTileFloats;
+}
+
+}  // namespace jfa::sm90

@@ -1,0 +1,67 @@
+// The last kernel of the Hopper backward: dQ from the accumulator that backward() has added to, scaled and rounded. One
+// block per (query tile, head, batch entry). The accumulator is in the order of registers, see backward_tiles.h; rows
+// are put together in shared memory.
+#pragma once
+
+#include "common/scores.cuh"
+#include "sm90/backward_work.cuh"
+
+namespace jfa::sm90 {
+
+constexpr int kStoreThreads = 256;
+
+template <class Shape>
+struct StoreSmem {
+  // Rows are 4 words longer than they need to be: lanes that write a column then use different banks.
+  static constexpr int kRowFloats = Shape::kHeadDim + 4;
+  alignas(16) float dq[Shape::kQ][kRowFloats];
+};
+
+template <class Element, class Shape>
+__global__ void __launch_bounds__(kStoreThreads)
+    store_dq(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
+  using Layout = QueryGradientLayout<Shape>;
+  auto& smem = shared_memory<StoreSmem<Shape>>();
+  const WorkItem item(block_index(), ceil_div(p.shape.q_len, Shape::kQ), p.shape.heads);
+  const int first_row = item.tile * Shape::kQ;
+  const int q_len = Sequence(p, item.batch).q_len;
+  const float scale = ScoreRule<true>(p.scores, item.batch, item.head).scale;
+  const float* tile = dq_tile<Shape>(p, g, item.batch, item.head, first_row);
+
+#pragma unroll 4
+  for (int n = thread_index(); n < Layout::kTileFloats / Layout::kLaneFloats; n += kStoreThreads) {
+    const float4 v = load_global(reinterpret_cast<const float4*>(tile) + n);
+    const int piece = n / kWarpThreads;
+    const int lane = n % kWarpThreads;
+    // As in Fragment and Position: rows and columns of the product, which may be dQ^T.
+    const int row = piece / Layout::kPieces * 16 + lane / 4;
+    const int col = piece % Layout::kPieces * 8 + lane % 4 * 2;
+    const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int r = row + k / 2 * 8, c = col + k % 2;
+      store_shared_f32(shared_address(Layout::kTransposed ? &smem.dq[c][r] : &smem.dq[r][c]), values[k]);
+    }
+  }
+  barrier();
+
+  constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes of the result
+#pragma unroll 2
+  for (int n = thread_index(); n < Shape::kQ * kChunks; n += kStoreThreads) {
+    const int row = n / kChunks, col = n % kChunks * 8;
+    const int i = first_row + row;
+    if (i >= p.shape.q_len || col >= p.shape.head_dim) continue;
+    uint32_t x[4] = {0, 0, 0, 0};
+    if (i < q_len) {  // rows past it are zero, not what 0 x NaN made of them
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 pair = load_shared_f32x2(shared_address(&smem.dq[row][col + 2 * k]));
+        x[k] = pack<Element>(pair.x * scale, pair.y * scale);
+      }
+    }
+    store_global(reinterpret_cast<uint4*>(head_of(g.dq, item.batch, item.head) + i * g.dq.row_stride + col),
+                 uint4{x[0], x[1], x[2], x[3]});
+  }
+}
+
+}  // namespace jfa::sm90
