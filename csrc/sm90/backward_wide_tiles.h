@@ -1,8 +1,9 @@
-// The shapes of the backward for wide heads, and the order of its work.
+// The shapes of the backward for wide heads, the one function that chooses among them, and the order of its work.
 #pragma once
 
 #include <type_traits>
 
+#include "dispatch.h"
 #include "sm90/tiles.h"
 
 namespace jfa::sm90 {
@@ -39,6 +40,20 @@ template <int kHeadDim, int kValueDim, bool kGeneral>
 using BackwardWide =
     std::conditional_t<kGeneral && kHeadDim + kValueDim >= 384, BackwardWideTile<kHeadDim, kValueDim, 32, 4>,
                        BackwardWideTile<kHeadDim, kValueDim, 64, kHeadDim == 256 ? 2 : 3>>;
+
+// Calls f(Type<BackwardWideTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
+// general.
+template <int kHeadDim, class F>
+auto with_backward_wide_tile(const Problem& p, F&& f) {
+  const auto with_value_dim = [&](auto value_dim) {
+    if (is_general(p.scores)) return f(Type<BackwardWide<kHeadDim, value_dim.value, true>>{}, std::true_type{});
+    return f(Type<BackwardWide<kHeadDim, value_dim.value, false>>{}, std::false_type{});
+  };
+  if constexpr (kHeadDim == 192) {
+    if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});
+  }
+  return with_value_dim(std::integral_constant<int, kHeadDim>{});
+}
 
 inline WorkOrder backward_wide_order(const Problem& p, int key_tile) {
   const Shape& s = p.shape;
