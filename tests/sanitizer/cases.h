@@ -31,6 +31,7 @@ struct Case {
   Extents bias = {}, mask = {};
   jfa::ElementType bias_type = jfa::ElementType::kFloat;
   bool d_lse = true;
+  bool gradients = true;
 
   float scale() const { return 1.0f / std::sqrt(float(shape.head_dim)); }
 };
@@ -99,8 +100,14 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
 // Every kind of tile of sm90/tiles.h. 270 rows are two items, of which the second leaves most of its block, in a
 // cluster all of the second block, without rows. 140 items are more than an H200 has multiprocessors: blocks take
 // several, drawn from the counter or dealt out. Rows and windows are few where keys are many: the host computes it too.
-inline void add_tiles(const Adder& add) {
-  const int d = add.dim;
+inline void add_tiles(const Adder& adder) {
+  const auto add = [&](const char* feature, const jfa::Shape& shape, const std::function<void(Case&)>& change) {
+    adder(feature, shape, [&](Case& c) {
+      c.gradients = false;
+      change(c);
+    });
+  };
+  const int d = adder.dim;
   const auto causal = [](Case& c) { c.window.window_right = 0; };
   const auto causal_bottom_right = [](Case& c) {
     c.window.window_right = 0;
@@ -144,6 +151,34 @@ inline void add_tiles(const Adder& add) {
   }
 }
 
+// Every kind of tile of sm90/backward*_tiles.h: 200 keys and 150 queries are several tiles of all kernels, and end in
+// the middle of one. Rows and keys that must be cleaned; rows and keys that see nothing; and 140 items, as above.
+inline void add_gradients(const Adder& add) {
+  const int d = add.dim;
+  add("grad_dense", {1, 150, 200, 4, 2, d, d}, [](Case&) {});
+  add("grad_causal", {1, 200, 150, 2, 2, d, d}, [](Case& c) {
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
+  });
+  add("grad_window", {1, 150, 330, 2, 1, d, d}, [](Case& c) { c.window.window_left = 70, c.window.window_right = 3; });
+  add("grad_lengths", {3, 150, 200, 2, 1, d, d}, [](Case& c) {
+    c.q_lengths = {150, 0, 77};
+    c.k_lengths = {200, 129, 0};
+    c.window.window_right = 0;
+  });
+  add("grad_general", {1, 150, 200, 2, 1, d, d}, [](Case& c) {
+    c.bias = {1, 2, 150, 200};
+    c.mask = {1, 1, 150, 200};
+    c.window.window_right = 0;
+  });
+  add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
+  if (d == 64) add("grad_long", {1, 4100, 70, 1, 1, d, d}, [](Case& c) { c.window.window_left = 4000; });
+  if (d == 192) {
+    add("grad_values", {1, 150, 200, 2, 1, d, 120}, [](Case&) {});
+    add("grad_values_general", {1, 150, 200, 2, 1, d, 128}, [](Case& c) { c.device_scale = {0.1f}; });
+  }
+}
+
 // Every feature in each family, in every compiled head dim, in float16 and bfloat16.
 inline std::vector<Case> all_cases(bool small) {
   using jfa::ElementType;
@@ -155,6 +190,7 @@ inline std::vector<Case> all_cases(bool small) {
       const Adder hopper(cases, dim, type, "sm90");
       add_features(hopper, small ? 70 : 290, small ? 80 : 310);
       add_tiles(hopper);
+      add_gradients(hopper);
     }
   }
   const int dim = cases.front().shape.head_dim;
