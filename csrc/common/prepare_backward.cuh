@@ -16,21 +16,24 @@
 namespace jfa {
 
 constexpr int kPrepareThreads = 256;
+constexpr int64_t kMaxRows = 0x7fffffff;  // 64-bit divisions of every thread would take as long as the memory
 
 // `Family` keeps the families' copies apart: they are compiled for different GPUs.
 template <class Element, class Family>
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_backward(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, int lanes) {
-  const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
+    prepare_backward(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, int log_lanes) {
+  const unsigned rows = unsigned(p.shape.batch) * p.shape.q_len * p.shape.heads;
   const int64_t thread = int64_t(block_index()) * kPrepareThreads + thread_index();
   for (int64_t n = thread; n < g.cleared_floats / 4; n += int64_t(grid_blocks()) * kPrepareThreads) {
     store_global(reinterpret_cast<uint4*>(g.dq_accumulator) + n, uint4{0, 0, 0, 0});
   }
   if (rows == 0) return;
-  const int64_t x = thread / lanes;  // (b, i, h), h fastest
-  const int h = x % p.shape.heads;
-  const int i = x / p.shape.heads % p.shape.q_len;
-  const int b = x / p.shape.heads / p.shape.q_len;
+  const unsigned x = thread >> log_lanes;  // (b, i, h), h fastest
+  const unsigned token = x / p.shape.heads;
+  const int h = x - token * p.shape.heads;
+  const int b = token / p.shape.q_len;
+  const int i = token - b * p.shape.q_len;
+  const int lanes = 1 << log_lanes;
   const int d = thread_index() % lanes * 8;
 
   float delta = 0.0f;
@@ -55,12 +58,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
 
 template <class Element, class Family>
 Status launch_prepare_backward(const Problem& p, const Gradients& g, cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes * 8 < p.shape.value_dim) lanes *= 2;
+  int log_lanes = 0;
+  while (8 << log_lanes < p.shape.value_dim) ++log_lanes;
   const int64_t rows = int64_t(p.shape.batch) * p.shape.q_len * p.shape.heads;
-  const int64_t blocks = (rows * lanes + kPrepareThreads - 1) / kPrepareThreads;
+  if (rows > kMaxRows) {
+    return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) + "; the backward takes " +
+                                 std::to_string(kMaxRows));
+  }
+  const int64_t blocks = ((rows << log_lanes) + kPrepareThreads - 1) / kPrepareThreads;
   return launch("jax_flashattn prepare_backward", prepare_backward<Element, Family>,
-                Grid{std::max<int64_t>(blocks, 1), kPrepareThreads, 0}, stream, p, g, lanes);
+                Grid{std::max<int64_t>(blocks, 1), kPrepareThreads, 0}, stream, p, g, log_lanes);
 }
 
 }  // namespace jfa

@@ -66,9 +66,6 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     }
     warp_barrier();
     if (item.first_key < 0) break;
-    int drawn = 0;
-    if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
-
     const auto load_q = [&](int h, int i) {
       mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
       load_tile(Type<QueryTile>{}, a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), i,
@@ -99,6 +96,9 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
         at.advance();
       }
     }
+    // Drawn late, with the loads of two steps under way: one drawn early would wait while other blocks have nothing.
+    int drawn = 0;
+    if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
     number = int(broadcast(drawn));
   }
 }

@@ -130,10 +130,13 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
   if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
 #pragma unroll 1
   while (number < a.order.items) {
+    // The next item is drawn late: one drawn early would wait while other blocks have nothing.
     int drawn = 0;
-    if (a.order.drawn && lane_index() == 0) {
+    const int draw_tile = max(item.key_tiles - 2, 1);
+    const auto draw = [&] {
+      if (!a.order.drawn || lane_index() != 0) return;
       drawn = grid_blocks() + int(increment_global(a.counter, a.order.items - 1));
-    }
+    };
     const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
     publish(item);
     int j = item.first_key;
@@ -141,9 +144,11 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     load_rows(item);
 #pragma unroll 1
     for (int t = 1; t < item.key_tiles; ++t, j += Shape::kK) {
+      if (t == draw_tile) draw();
       load_values(j, kv_head, item.batch);
       load_keys(j + Shape::kK, keys, kv_head, item.batch);
     }
+    if (item.key_tiles == 1) draw();
     // The next item is worked out before the last load, which has to wait for its place anyway.
     number = a.order.drawn ? int(broadcast(drawn)) : number + grid_blocks();
     const int last_batch = item.batch;

@@ -95,14 +95,12 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 #pragma unroll 1
   while (true) {
     const uint32_t item_bytes = items + item_at.slot * kBackwardWideItemWords * 4;
-    int drawn = 0;
     if constexpr (kOfQueries) {
       const BackwardWideItem item = backward_wide_item<Shape>(a, number);
       mbarrier_wait(item_free + 8 * item_at.slot, item_at.parity);
       if (lane_index() == 0) {
         store_item(item_bytes, item);
         mbarrier_arrive(item_full + 8 * item_at.slot);
-        if (item.first_key >= 0) drawn = grid_blocks() + int(increment_global(a.counter, 0xffffffff));
       }
       warp_barrier();
     } else {
@@ -123,7 +121,12 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
         first = false;
       }
     }
-    if constexpr (kOfQueries) number = broadcast(drawn);
+    if constexpr (kOfQueries) {
+      // Late, with the loads of the last steps under way: an item drawn early would wait while others have nothing.
+      int drawn = 0;
+      if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.counter, 0xffffffff));
+      number = broadcast(drawn);
+    }
   }
 }
 

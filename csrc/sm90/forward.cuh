@@ -117,13 +117,16 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   publish(item, 0);
 #pragma unroll 1
   for (unsigned round = 0; item.first_row >= 0; ++round) {
-    int drawn = 0;
-    if (a.order.drawn && rank == 0 && lane_index() == 0) drawn = draw();
-    const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
-    load_keys(item.first_key, kv_head, item.batch);
-    if (Shape::kCluster > 1 && a.order.drawn && rank == 0 && lane_index() == 0) send(drawn, round);
-
     const ForwardItem now = item;
+    const int kv_head = now.head / (a.p.shape.heads / a.p.shape.kv_heads);
+    // A long item draws the next one late: one drawn early would wait while other blocks have nothing. A short one
+    // draws at once, or the next queries would be late.
+    const int draw_tile = now.key_tiles > 16 ? now.key_tiles - 8 : 0;
+    const bool draws = a.order.drawn && rank == 0 && lane_index() == 0;
+    int drawn = draws && draw_tile == 0 ? draw() : 0;
+    load_keys(now.first_key, kv_head, now.batch);
+    if (Shape::kCluster > 1 && draws && draw_tile == 0) send(drawn, round);
+
     const Interval now_keys = keys;
     const auto find_next = [&] {
       number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
@@ -136,9 +139,11 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     int j = now.first_key;
 #pragma unroll 1
     for (int t = 1; t < now.key_tiles; ++t, j += Shape::kK) {
+      if (draws && t == draw_tile) drawn = draw();
       load_keys(j + Shape::kK, kv_head, now.batch);
       load_values(j, now_keys, kv_head, now.batch);
-      if (published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
+      if (Shape::kCluster > 1 && draws && t == draw_tile) send(drawn, round);
+      if (t < draw_tile || published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
       find_next();
       publish(item, round + 1);
       published = true;

@@ -45,22 +45,18 @@ __global__ void __launch_bounds__(kStoreThreads)
   }
   barrier();
 
-  constexpr int kChunks = Shape::kHeadDim / 8;  // of 16 bytes of the result
-#pragma unroll 2
+  constexpr int kChunks = Shape::kHeadDim / 4;  // of 8 bytes of the result: a warp's reads use all banks
+#pragma unroll 4
   for (int n = thread_index(); n < Shape::kQ * kChunks; n += kStoreThreads) {
-    const int row = n / kChunks, col = n % kChunks * 8;
+    const int row = n / kChunks, col = n % kChunks * 4;
     const int i = first_row + row;
     if (i >= p.shape.q_len || col >= p.shape.head_dim) continue;
-    uint32_t x[4] = {0, 0, 0, 0};
+    uint2 x{0, 0};
     if (i < q_len) {  // rows past it are zero, not what 0 x NaN made of them
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = load_shared_f32x2(shared_address(&smem.dq[row][col + 2 * k]));
-        x[k] = pack<Element>(pair.x * scale, pair.y * scale);
-      }
+      const float4 v = load_shared_f32x4(shared_address(&smem.dq[row][col]));
+      x = {pack<Element>(v.x * scale, v.y * scale), pack<Element>(v.z * scale, v.w * scale)};
     }
-    store_global(reinterpret_cast<uint4*>(head_of(g.dq, item.batch, item.head) + i * g.dq.row_stride + col),
-                 uint4{x[0], x[1], x[2], x[3]});
+    store_global(reinterpret_cast<uint2*>(head_of(g.dq, item.batch, item.head) + i * g.dq.row_stride + col), x);
   }
 }
 

@@ -30,7 +30,7 @@ struct ForwardTile {
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
-  static_assert(kCluster == 1 || (kCluster == 2 && kHeadDim % 128 == 0 && kValueDim % 128 == 0),
+  static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
@@ -74,9 +74,9 @@ struct ForwardTiles<64, 64> {
 };
 template <>
 struct ForwardTiles<96, 96> {
-  using Dense = ForwardTile<96, 96, 3, 96, 4, false>;  // 4k: 578 (2x128: 562)
-  using Long = ForwardTile<96, 96, 2, 128, 4, true>;   // causal 4k: 478 (3x96: 470)
-  using Short = Long;
+  using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 4k: 581 (without cluster 561)
+  using Long = Dense;                                     // causal 4k: 507 (484)
+  using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using General = ForwardTile<96, 96, 2, 96, 5, false>;
 };
 template <>
@@ -117,12 +117,16 @@ inline bool is_dense(const Problem& p) {
          v.k_lengths == nullptr;
 }
 
-// Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays from some
-// length on.
+// Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
+// see enough keys. It never pays where there is no second wave of items.
 inline ForwardKind forward_kind(const Problem& p) {
+  constexpr int64_t kShortKeys = 2048;
+  constexpr int64_t kFewRows = 128 * 132;  // one tile for each multiprocessor of an H200
   if (is_general(p.scores)) return ForwardKind::kGeneral;
+  if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= kFewRows) return ForwardKind::kShort;
   if (is_dense(p)) return ForwardKind::kDense;
-  return p.shape.k_len <= 2048 ? ForwardKind::kShort : ForwardKind::kLong;
+  const int64_t window = int64_t(p.visibility.window_left) + p.visibility.window_right + 1;
+  return std::min<int64_t>(p.shape.k_len, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
 // `q_tile`: rows of an item.

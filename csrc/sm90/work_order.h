@@ -24,7 +24,7 @@ struct WorkOrder {
 
 // `fit`: heads that stay in the L2 together.
 inline WorkOrder work_order(int64_t heads, int64_t tiles, int64_t fit) {
-  constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200; backward at d 128: 461 to FIGURE
+  constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200
   WorkOrder order;
   order.tiles = static_cast<int>(tiles);
   order.heads = static_cast<int>(heads);
