@@ -323,7 +323,7 @@ MUTANTS = {
 def test_mutant_of_the_forward_is_caught(mutant):
     file, old, new, name = MUTANTS[mutant]
     options = {"family": "sm90", "gradients": False, "multiprocessors": 1}
-    edits = ((f"sm90/{file}", old, new),)
+    edits = (OTHER_TILES, (f"sm90/{file}", old, new))
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(CASES[name], "bfloat16", seed=seed, edits=edits, **options)
