@@ -140,7 +140,9 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
     plan.scratch_floats = cleared_floats<dim.value>(p, g) + delta_floats(p);
-    if (!family.hopper || !sm90::plan_backward<dim.value>(p, plan)) {
+    if (family.hopper) {
+      sm90::plan_backward<dim.value>(p, g, plan);
+    } else {
       describe_tile<sm80::BackwardTile<dim.value>>(dim.value, plan);
     }
     return finish_plan(p, family, device, plan);

@@ -65,16 +65,19 @@ def attention(
       local_window_size: w or (left, right), None for an unbounded side: row i sees keys
         i - left to i + right, both included.
       implementation: None, the best available; "cuda", the kernels; "cuda:sm80" or "cuda:sm90",
-        that kernel family (sm90 has no gradient yet); "xla", the reference, which runs on every
-        platform. `explain` tells what None does.
+        that kernel family, in the gradient too; "xla", the reference, which runs on every platform.
+        `explain` tells what None does.
       return_residual: also return the log-sum-exp as jax.nn does: [B, T, N] or [T, N] in key's
         dtype, not differentiable. return_lse has full precision.
       causal_alignment: "top_left", row i is at position i; "bottom_right", row i is at position
         i + S - T (with the sequence lengths where given), for decoding and chunks. Windows follow.
       logits_soft_cap, alibi_slopes, sinks, num_sink_tokens, query_segment_ids,
         key_value_segment_ids, dropout_rate, dropout_key: not supported yet.
-      deterministic: the gradient is bitwise the same from run to run, at some cost. The output
-        always is, and so is everything on the reference path.
+      deterministic: the gradient is bitwise the same from run to run. What else may differ is the
+        query's: key tiles add to it in any order. Here it is summed in a fixed order, from scores
+        computed once more: seven matrix products a tile instead of five, and less scratch. Above
+        head dim 128, "cuda:sm90" always works so. The other results, and everything on the
+        reference path, are the same in any case.
       return_lse: also return the natural log-sum-exp of the masked scores, float32 [B, N, T] or
         [N, T], differentiable.
 
@@ -143,8 +146,9 @@ class Explanation:
     shared_memory_bytes: int | None = None  # of a forward block
     scratch_bytes_forward: int | None = None
     backward_implementation: str | None = None
-    backward_tile: tuple[int, int] | None = None
-    backward_shared_memory_bytes: int | None = None
+    backward_tile: tuple[int, int] | None = None  # query rows and keys, of the kernel for dK and dV
+    backward_schedule: str | None = None  # which kernels compute what, and the order of their work
+    backward_shared_memory_bytes: int | None = None  # of a block of the kernel that needs most
     scratch_bytes_backward: int | None = None
 
     def __str__(self) -> str:
@@ -215,6 +219,7 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
         made,
         backward_implementation=f"cuda:{backward.family}",
         backward_tile=(backward.q_tile, backward.k_tile),
+        backward_schedule=backward.schedule,
         backward_shared_memory_bytes=backward.shared_memory_bytes,
         scratch_bytes_backward=4 * backward.scratch_floats,
     )

@@ -141,24 +141,27 @@ def judge_call(case, dtype, actual):
     judge_all(actual, reference, low, case.arrays(dtype))
 
 
-def check(seed, way):
+def check(seed, way, family="auto"):
     """Runs and judges the call of a seed; AssertionError with the line that does it again."""
     call = draw(seed)
     dtype = "float32" if way == "reference" and seed % 3 == 0 else call.dtype
     try:
-        judge_call(call.case, dtype, results(call, dtype, way, seed))
+        judge_call(call.case, dtype, results(call, dtype, way, seed, family))
     except Exception as error:
         again = f"python tests/fuzz.py --seed {seed} --way {way}"
+        again += f" --family {family}" if family != "auto" else ""
         raise AssertionError(f"{again}\n{dtype} {call}\n{type(error).__name__}: {error}") from error
 
 
-def results(call, dtype, way, seed=0):
-    """out, lse and the gradients of a call."""
+def results(call, dtype, way, seed=0, family="auto"):
+    """out, lse and the gradients of a call; the emulator's family is the seed's, if not given."""
     case, deterministic = call.case, call.deterministic
     if way == "emulator":
-        return kernels.run(case, dtype, deterministic=deterministic, seed=seed)
+        family = ("sm80", "sm90")[seed % 2] if family == "auto" else family
+        return kernels.run(case, dtype, deterministic=deterministic, seed=seed, family=family)
     if way == "gpu":
-        return run(case, dtype, deterministic=deterministic, implementation="cuda")
+        implementation = "cuda" if family == "auto" else f"cuda:{family}"
+        return run(case, dtype, deterministic=deterministic, implementation=implementation)
     with jax.default_device(jax.devices("cpu")[0]):
         return run(case, dtype, deterministic=deterministic, implementation="xla")
 
@@ -169,11 +172,11 @@ def canary(way):
     judge_call(call.case, call.dtype, results(call, call.dtype, way))
 
 
-def fuzz(seeds, way, threads=1, show=print):
+def fuzz(seeds, way, threads=1, show=print, family="auto"):
     """Checks seeds, shows each failure; the exit status of the module's docstring."""
     status = 0
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    checks = [pool.submit(check, seed, way) for seed in seeds]
+    checks = [pool.submit(check, seed, way, family) for seed in seeds]
     for done in concurrent.futures.as_completed(checks):
         if done.exception() is None:
             continue
@@ -194,10 +197,13 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, required=True, help="the first seed")
     parser.add_argument("--count", type=int, default=1, help="how many seeds from there")
     parser.add_argument("--way", choices=WAYS, default="reference")
+    parser.add_argument("--family", default="auto", help="of kernels: auto, sm80 or sm90")
     parser.add_argument("--threads", type=int, help="calls at once, all cores by default on a GPU")
     given = parser.parse_args(arguments)
     threads = given.threads or (os.cpu_count() if given.way == "gpu" else 1)
-    status = fuzz(range(given.seed, given.seed + given.count), given.way, threads)
+    status = fuzz(
+        range(given.seed, given.seed + given.count), given.way, threads, family=given.family
+    )
     if status == 0:
         print(f"{given.count} calls through {given.way}: all right")
     return status

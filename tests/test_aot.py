@@ -56,12 +56,12 @@ def gradients(*arrays, **options):
     return pullback((jnp.cos(out), jnp.sin(lse)))
 
 
-def everything(query, key, value, bias, mask, q_lengths, k_lengths, scale):
+def everything(query, key, value, bias, mask, q_lengths, k_lengths, scale, *, family):
     """The gradients, and every operand and attribute that a custom call may have."""
     options = dict(
         mask=mask, query_seq_lengths=q_lengths, key_value_seq_lengths=k_lengths,
         local_window_size=(64, 32), causal_alignment="bottom_right", deterministic=True,
-        implementation="cuda:sm80",
+        implementation=f"cuda:{family}",
     )  # fmt: skip
 
     def call(query, key, value, bias, scale):
@@ -118,12 +118,15 @@ def test_custom_calls_compile(compile_h200, backward, dtype):
     assert compiled.custom_calls() == ({FORWARD: 1, BACKWARD: 1} if backward else {FORWARD: 1})
 
 
-def test_every_operand_compiles(compile_h200):
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_every_operand_compiles(compile_h200, family):
     scores = (BATCH, 8, LENGTH, LENGTH)
     extra = [Operand(scores, "float32"), Operand(scores, "bool"), Operand((BATCH,), "int32"),
              Operand((BATCH,), "int32"), Operand((), "float32")]  # fmt: skip
-    compiled = compile_h200(everything, [*operands(8, 2), *extra])
+    arrays = [*operands(8, 2), *extra]
+    compiled = compile_h200(functools.partial(everything, family=family), arrays, **ANY_SIZE)
     assert compiled.custom_calls() == {FORWARD: 1, BACKWARD: 1}
+    assert captured(compiled) == [True, True]
 
 
 def test_an_unregistered_target_is_refused(compile_h200):
@@ -305,25 +308,25 @@ def test_collectives_are_seen(compile_h200):
 
 # ---- memory -------------------------------------------------------------------------------------
 
-COMPILED_HEAD_DIMS = (64, 96, 128, 192, 256)
 MIB = 2**20
 
 
 def scratch_bytes(batch, length, heads, head_dim, deterministic):
-    """4 (B N T + B N ceil(T/q_tile) q_tile H'): delta and, unless deterministic, dQ in float32, in
-    whole tiles of csrc/sm80/tiles.h, where H' is the compiled head dim."""
-    built = _ffi.extension.build_info()["head_dims"]
-    compiled_dim = next(d for d in built if d >= head_dim)
-    q_tile = 64 if compiled_dim <= 128 else 32
-    dq = 0 if deterministic else batch * heads * math.ceil(length / q_tile) * q_tile * compiled_dim
-    return 4 * (batch * heads * length + dq)
+    """4 (B N T + 4 + B N rows H'): delta, the counters of work items and, unless deterministic, dQ
+    in float32: H' is the compiled head dim, and rows T in whole tiles of the family with more."""
+    dim = next(d for d in _ffi.extension.build_info()["head_dims"] if d >= head_dim)
+    hopper = {64: 128 if length < 4096 else 64, 96: 64, 128: 64 if length < 1024 else 80}
+    tiles = (64 if dim <= 128 else 32, hopper.get(dim, 1))
+    rows = max(math.ceil(length / tile) * tile for tile in tiles)
+    return 4 * batch * heads * (length + (0 if deterministic else rows * dim)) + 4 * 4
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "head_dim"),
     [(2, 128, 4, 64), (3, 129, 2, 64), (1, 31, 5, 40), (2, 200, 6, 96), (2, 200, 6, 128),
-     (1, 97, 2, 136), (1, 97, 2, 192), (2, 64, 2, 256), (2, 65, 2, 200)],
+     (1, 97, 2, 136), (1, 97, 2, 192), (2, 64, 2, 256), (2, 65, 2, 200), (1, 4097, 1, 64),
+     (1, 1030, 1, 128), (1, 2000, 1, 128)],
 )  # fmt: skip
 def test_scratch_is_the_documented_formula(
     compile_h200, batch, length, heads, head_dim, deterministic

@@ -1,5 +1,6 @@
 """The CPU emulator's models of Hopper, planted bugs, and the package's Hopper kernels on them."""
 
+import dataclasses
 import re
 import zlib
 
@@ -244,12 +245,20 @@ def test_forward_of_general_scores(case, dtype):
     check(case, dtype, family="sm90", gradients=False, general=True, multiprocessors=2, seed=7)
 
 
-@pytest.mark.parametrize("dim", [64, 256])
-def test_forward_of_long_causal_sequences(dim):
-    # Long enough for the tiles that no case of cases.py comes to.
-    options = {"is_causal": True, "causal_alignment": "bottom_right"}
-    case = Case("causal-long", 200, 2100, batch=1, heads=1, head_dim=dim, options=options)
-    check(case, "bfloat16", family="sm90", gradients=False, multiprocessors=1)
+# Calls with as few rows as these run the tiles for short sequences.
+OTHER_TILES = ("sm90/tiles.h", "kFewRows = 128 * 132", "kFewRows = 0")
+DIMS = [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)]
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("is_long", [False, True], ids=["dense", "long"])
+def test_forward_of_many_rows(dims, is_long):
+    options = {"is_causal": True, "causal_alignment": "bottom_right"} if is_long else {}
+    q_len, k_len = (70, 2100) if is_long else (300, 410)
+    case = Case("many-rows", q_len, k_len, batch=1, heads=2, kv_heads=1, options=options)
+    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
+    options = {"family": "sm90", "gradients": False, "edits": (OTHER_TILES,)}
+    check(case, "bfloat16", multiprocessors=2, **options)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e4])
@@ -314,7 +323,7 @@ MUTANTS = {
 def test_mutant_of_the_forward_is_caught(mutant):
     file, old, new, name = MUTANTS[mutant]
     options = {"family": "sm90", "gradients": False, "multiprocessors": 1}
-    edits = ((f"sm90/{file}", old, new),)
+    edits = (OTHER_TILES, (f"sm90/{file}", old, new))
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(CASES[name], "bfloat16", seed=seed, edits=edits, **options)

@@ -48,10 +48,12 @@ def test_backward_of_general_scores(case, dim):
     check(with_dim(case, dim), "bfloat16", family="sm90", **options)
 
 
-def test_backward_of_long_sequences():
-    # Long enough for the tile that no case of cases.py comes to; keys end in the middle of a tile.
-    options = {"is_causal": True, "causal_alignment": "bottom_right"}
-    case = Case("long", 4097, 260, batch=1, heads=1, head_dim=64, options=options)
+# Long enough for the tiles that no case of cases.py comes to; keys end in the middle of a tile.
+@pytest.mark.parametrize(("dim", "q_len"), [(64, 4097), (96, 1030), (128, 1030)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_backward_of_many_rows(dim, q_len, is_causal):
+    options = {"is_causal": is_causal, "causal_alignment": "bottom_right"}
+    case = Case("many-rows", q_len, 260, batch=1, heads=1, head_dim=dim, options=options)
     check(case, "bfloat16", family="sm90", multiprocessors=1)
 
 

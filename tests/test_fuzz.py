@@ -31,13 +31,14 @@ def test_emulator(seed):
 
 
 @pytest.mark.gpu
-def test_gpu():
+def test_gpu(request):
     """In processes of their own: most of the time is tracing, and a fault ends one process only."""
     each = GPU_CALLS // GPU_PROCESSES
     threads = max(1, (os.cpu_count() or 1) // GPU_PROCESSES)
 
     def run(first):
         command = [sys.executable, fuzz.__file__, "--way", "gpu", "--threads", str(threads)]
+        command += ["--family", request.config.getoption("--cuda-family")]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         return subprocess.run(
             [*command, "--seed", str(first), "--count", str(each)],
@@ -128,7 +129,7 @@ def test_failures_are_shown_and_the_device_is_asked(dead, monkeypatch):
     """Seed 2 fails: the line that repeats it, then the canary, whose failure ends the run."""
     tried, shown = [], []
 
-    def results(call, dtype, way, seed=0):
+    def results(call, dtype, way, seed=0, family="auto"):
         tried.append(call.case.name)
         broken = call.case.name == "fuzz-2" or (dead and not call.case.name.startswith("fuzz"))
         if broken:

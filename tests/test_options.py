@@ -7,7 +7,7 @@ import pytest
 from compare import assert_same_bits, needs_kernels
 
 import jax_flashattn
-from jax_flashattn import attention
+from jax_flashattn import _ffi, attention
 
 B, T, S, N, K, H = 2, 5, 8, 4, 2, 16
 
@@ -278,7 +278,7 @@ def test_explain_tells_of_the_fallback():
 def test_explain_tells_of_the_kernels():
     told = str(jax_flashattn.explain(**arrays(), platform="cuda"))
     assert "cuda:sm90 on cuda" in told
-    assert "backward implementation: cuda:sm80" in told
+    assert "backward implementation: cuda:sm90" in told
     assert "over persistent blocks" in told
     causal = jax_flashattn.explain(**arrays(), is_causal=True, platform="cuda")
     assert "drawn longest first" in causal.schedule
@@ -286,6 +286,41 @@ def test_explain_tells_of_the_kernels():
     assert portable.implementation == "cuda:sm80"
     with pytest.raises(ValueError, match="local_window_size"):
         jax_flashattn.explain(**arrays(), local_window_size=-1, platform="cuda")
+
+
+@needs_kernels
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("general", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (96, 96), (128, 128), (192, 192), (192, 128), (256, 256)]
+)
+def test_explain_tells_of_the_backward(dims, general, deterministic):
+    """Which kernels run, and the memory of that which needs most."""
+    if dims[0] not in _ffi.extension.build_info()["head_dims"]:
+        pytest.skip("this build has no kernels for the head dim")
+    shapes = {
+        "query": (2, 300, 4, dims[0]),
+        "key": (2, 300, 4, dims[0]),
+        "value": (2, 300, 4, dims[1]),
+    }
+    call = arrays(**shapes) | ({"bias": jnp.ones((1, 4, 300, 300))} if general else {})
+    told = jax_flashattn.explain(**call, deterministic=deterministic, platform="cuda")
+    assert told.backward_implementation == "cuda:sm90"
+    assert told.head_dim == dims[0]
+    rows, keys = told.backward_tile
+    assert rows in (32, 64, 128)
+    assert keys in ((128, 192) if dims[0] <= 128 else (64,))
+    assert "dK and dV by key tiles" in told.backward_schedule
+    apart = deterministic or dims[0] > 128
+    assert ("dQ by query tiles" in told.backward_schedule) == apart
+    assert ("dQ by float32 additions" in told.backward_schedule) != apart
+    assert told.backward_shared_memory_bytes <= _ffi.SHARED_MEMORY_BYTES
+    assert told.backward_schedule in str(told)
+    portable = jax_flashattn.explain(
+        **call, deterministic=deterministic, platform="cuda", implementation="cuda:sm80"
+    )
+    assert portable.backward_shared_memory_bytes < told.backward_shared_memory_bytes
+    assert portable.scratch_bytes_backward == told.scratch_bytes_backward
 
 
 def test_signature_begins_as_jax_nns():

@@ -78,7 +78,7 @@ struct BackwardQueryTiles<256, 256> {
 // Calls f(Type<BackwardQueryTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
 // general.
 template <int kHeadDim, class F>
-Status with_backward_query_tile(const Problem& p, F&& f) {
+auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
     if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});

@@ -3,11 +3,17 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+#include <string>
+#include <type_traits>
+
 #include "attention.h"
 #include "dispatch.h"
 #include "launch.h"
 #include "problem.h"
+#include "sm90/backward_query_tiles.h"
 #include "sm90/backward_tiles.h"
+#include "sm90/backward_wide_tiles.h"
 #include "sm90/tiles.h"
 
 namespace jfa::sm90 {
@@ -52,6 +58,12 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   return with_value_dim(std::integral_constant<int, kHeadDim>{});
 }
 
+inline std::string describe(const WorkOrder& order, bool drawn) {
+  return std::to_string(order.items) + " items, " +
+         (drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads) + " heads"
+                : std::string("dealt out in turn"));
+}
+
 // Everything of a plan but what depends on the device.
 template <int kHeadDim>
 void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
@@ -63,32 +75,46 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
     const WorkOrder order = forward_order(p, Tile::kClusterQ);
-    plan.schedule =
-        std::to_string(order.items) + " items, " +
-        (order.drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads) + " heads"
-                     : std::string("dealt out in turn")) +
-        ", over persistent blocks; " + std::to_string(Tile::kSlots) + " key and value tiles in flight" +
-        (Tile::kQueryInRegisters ? ", queries in registers" : "") + (Tile::kStoreByTma ? ", stores by TMA" : "");
+    plan.schedule = describe(order, order.drawn) + ", over persistent blocks; " + std::to_string(Tile::kSlots) +
+                    " key and value tiles in flight" + (Tile::kQueryInRegisters ? ", queries in registers" : "") +
+                    (Tile::kStoreByTma ? ", stores by TMA" : "");
   });
 }
 
-// The same of a backward's first kernel; false for head dims that have no such plan.
+// The same of a backward: of the kernel that owns keys, but for the shared memory, which is that of the largest kernel,
+// and the schedule, which names all.
 template <int kHeadDim>
-bool plan_backward(const Problem& p, Plan& plan) {
+void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
+  const bool has_query_kernel = g.deterministic || kHeadDim > 128;
+  const auto of_keys = [&](auto tile, int k_tile, const WorkOrder& order) {
+    using Tile = typename decltype(tile)::type;
+    plan.head_dim = Tile::kHeadDim;
+    plan.q_tile = Tile::kQ;
+    plan.k_tile = k_tile;
+    plan.warps = Tile::kThreads / 32;
+    plan.shared_memory_bytes = Tile::kSharedBytes;
+    plan.schedule = "persistent blocks: dK and dV by key tiles, " + describe(order, true) +
+                    (has_query_kernel ? "" : ", and dQ by float32 additions from all of them");
+  };
   if constexpr (kHeadDim <= 128) {
     with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
-      using Tile = typename decltype(tile)::type;
-      plan.head_dim = Tile::kHeadDim;
-      plan.q_tile = Tile::kQ;
-      plan.k_tile = Tile::kK;
-      plan.warps = Tile::kThreads / 32;
-      plan.shared_memory_bytes = Tile::kSharedBytes;
-      const WorkOrder order = backward_order(p, Tile::kK);
-      plan.schedule = std::to_string(order.items) + " items, drawn in sections of " +
-                      std::to_string(order.section_heads) + " heads, over persistent blocks that own keys";
+      constexpr int kKeys = decltype(tile)::type::kK;
+      of_keys(tile, kKeys, backward_order(p, kKeys));
+    });
+  } else {
+    with_backward_wide_tile<kHeadDim>(p, [&](auto tile, auto) {
+      constexpr int kKeys = decltype(tile)::type::kKeys;
+      of_keys(tile, kKeys, backward_wide_order(p, decltype(tile)::type::kClusterKeys));
     });
   }
-  return kHeadDim <= 128;
+  if (!has_query_kernel) return;
+  with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
+    using Tile = typename decltype(tile)::type;
+    plan.shared_memory_bytes = std::max<int64_t>(plan.shared_memory_bytes, Tile::kSharedBytes);
+    const WorkOrder order = forward_order(p, Tile::kQ);
+    plan.schedule += "; dQ by query tiles, " + std::to_string(Tile::kQ) + " x " + std::to_string(Tile::kK) + ", " +
+                     describe(order, order.drawn);
+  });
 }
 
 }  // namespace jfa::sm90

@@ -44,16 +44,10 @@ Status launch_backward_wide(const Problem& p, const Gradients& g, uint32_t* coun
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  const auto with_value_dim = [&](auto value_dim) {
-    return with_bool(is_general(p.scores), [&](auto general) {
-      using Shape = typename BackwardWideTiles<kHeadDim, value_dim.value, general.value>::Tile;
-      return launch_backward_wide_tile<Element, Shape, general.value>(p, g, counter, multiprocessors, stream);
-    });
-  };
-  if constexpr (kHeadDim == 192) {
-    if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});
-  }
-  return with_value_dim(std::integral_constant<int, kHeadDim>{});
+  return with_backward_wide_tile<kHeadDim>(p, [&](auto tile, auto general) {
+    using Shape = typename decltype(tile)::type;
+    return launch_backward_wide_tile<Element, Shape, general.value>(p, g, counter, multiprocessors, stream);
+  });
 }
 
 }  // namespace jfa::sm90

@@ -156,6 +156,11 @@ class Session(ctypes.Structure):
     _fields_ += [(n, ctypes.c_uint64) for n in _COUNTERS]
     _fields_ += [("fault", ctypes.c_char * 4096)]
 
+    def add(self, other):
+        """Adds another session's counters."""
+        for name in _COUNTERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class Device(contextlib.AbstractContextManager):
     """Arrays registered as a device's memory, and calls on them.

@@ -1,5 +1,6 @@
 // The package's calls on the emulator: all of csrc but ffi.cc, with only the launch itself replaced.
-// One library holds one compiled head dim, JFA_HEAD_DIMS.
+// One library holds one compiled head dim, JFA_HEAD_DIMS. With JFA_ONLY_FORWARD or JFA_ONLY_BACKWARD it holds nothing
+// but that pass of sm90.
 #define JFA_SM90
 
 // Launching on a GPU goes out of the way of launching here. The launchers find whichever jfa::launch comes first.
@@ -68,11 +69,45 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
 }
 
 #include "attention.cc"
+
+#if !defined(JFA_ONLY_FORWARD) && !defined(JFA_ONLY_BACKWARD)
 #include "sm80/launch_backward.cuh"
 #include "sm80/launch_bias.cuh"
 #include "sm80/launch_forward.cuh"
 #include "sm90/launch_backward.cuh"
 #include "sm90/launch_forward.cuh"
+#else
+namespace jfa {
+inline Status left_out() { return Status::Unimplemented("this library holds one pass of sm90"); }
+namespace sm80 {
+template <int kHeadDim>
+Status launch_forward(const Problem&, cudaStream_t) {
+  return left_out();
+}
+template <int kHeadDim>
+Status launch_backward(const Problem&, const Gradients&, cudaStream_t) {
+  return left_out();
+}
+template <int kHeadDim>
+Status launch_bias(const Problem&, const Gradients& g, cudaStream_t) {
+  return g.d_bias.data == nullptr ? Status::Ok() : left_out();
+}
+}  // namespace sm80
+}  // namespace jfa
+#ifdef JFA_ONLY_FORWARD
+#include "sm90/launch_forward.cuh"
+template <int kHeadDim>
+jfa::Status jfa::sm90::launch_backward(const Problem&, const Gradients&, int, cudaStream_t) {
+  return left_out();
+}
+#else
+#include "sm90/launch_backward.cuh"
+template <int kHeadDim>
+jfa::Status jfa::sm90::launch_forward(const Problem&, uint32_t*, int, cudaStream_t) {
+  return left_out();
+}
+#endif
+#endif
 
 namespace {
 

@@ -31,6 +31,7 @@ struct Case {
   Extents bias = {}, mask = {};
   jfa::ElementType bias_type = jfa::ElementType::kFloat;
   bool d_lse = true;
+  bool gradients = true;
 
   float scale() const { return 1.0f / std::sqrt(float(shape.head_dim)); }
 };
@@ -96,20 +97,26 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
   add("one_key", [](Case& c) { c.shape.k_len = 1; });
 }
 
-// Every kind of tile of sm90/tiles.h. 270 rows are two items, of which the second leaves most of its block, in a
-// cluster all of the second block, without rows. 140 items are more than an H200 has multiprocessors: blocks take
-// several, drawn from the counter or dealt out. Rows and windows are few where keys are many: the host computes it too.
-inline void add_tiles(const Adder& add) {
-  const int d = add.dim;
+// Every kind of tile of sm90/tiles.h: dense and long ones run where 132 multiprocessors have more than a tile each. Of
+// 130 or 100 rows the second block of a cluster has two or none. 140 items are more than an H200 has multiprocessors:
+// blocks take several, drawn from the counter or dealt out. Rows see few keys: the host computes it all too.
+inline void add_tiles(const Adder& adder) {
+  const auto add = [&](const char* feature, const jfa::Shape& shape, const std::function<void(Case&)>& change) {
+    adder(feature, shape, [&](Case& c) {
+      c.gradients = false;
+      change(c);
+    });
+  };
+  const int d = adder.dim;
   const auto causal = [](Case& c) { c.window.window_right = 0; };
   const auto causal_bottom_right = [](Case& c) {
     c.window.window_right = 0;
     c.window.bottom_right = true;
   };
   const auto none = [](Case&) {};
-  add("tile_dense", {1, 270, 401, 2, 1, d, d}, none);
+  add("tile_dense", {1, 130, 140, 132, 2, d, d}, none);
   add("tile_short", {1, 270, 333, 2, 1, d, d}, causal);
-  add("tile_long", {1, 270, 2101, 1, 1, d, d}, causal_bottom_right);
+  add("tile_long", {1, 100, 2101, 170, 2, d, d}, causal);
   add("tile_general", {1, 270, 301, 2, 1, d, d}, [&](Case& c) {
     c.bias = {1, 2, 270, 301};
     c.bias_type = c.type;
@@ -119,28 +126,51 @@ inline void add_tiles(const Adder& add) {
   // The last tile of values is cleaned behind what the rows see.
   const auto narrow = [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; };
   add("tile_window", {1, 270, 401, 2, 2, d, d}, narrow);
-  add("tile_window_long", {1, 270, 2090, 1, 1, d, d}, narrow);
   add("tile_lengths", {3, 200, 300, 2, 1, d, d}, [](Case& c) {
     c.q_lengths = {200, 0, 77};
     c.k_lengths = {300, 129, 0};
   });
-  add("tile_lengths_long", {3, 270, 2051, 1, 1, d, d}, [](Case& c) {
-    c.q_lengths = {270, 100, 3};
+  add("tile_lengths_long", {3, 130, 2051, 44, 1, d, d}, [](Case& c) {
+    c.q_lengths = {130, 100, 3};
     c.k_lengths = {131, 0, 2050};
   });
   add("tile_empty_rows", {1, 300, 90, 2, 1, d, d}, causal_bottom_right);
   add("tile_drawn", {2, 20, 150, 70, 10, d, d}, causal);
   add("tile_drawn_dense", {1, 20, 150, 140, 20, d, d}, none);
   add("tile_drawn_general", {2, 20, 150, 70, 10, d, d}, [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
-  add("tile_drawn_long", {1, 20, 2060, 140, 2, d, d}, [&](Case& c) {
-    causal_bottom_right(c);
-    c.window.window_left = 300;
-  });
   add("tile_dealt", {1, 1, 4100, 140, 2, d, d}, none);
   if (d == 192) {  // has tiles of its own for values of up to 128
-    add("tile_values", {1, 270, 401, 2, 1, d, 120}, none);
+    add("tile_values", {1, 130, 140, 132, 1, d, 120}, none);
     add("tile_values_causal", {1, 270, 401, 2, 1, d, 128}, causal);
     add("tile_values_general", {1, 150, 200, 2, 1, d, 120}, [](Case& c) { c.device_scale = {0.1f}; });
+  }
+}
+
+// Every kind of tile of sm90/backward*_tiles.h: 200 keys and 150 queries are several tiles of all kernels, and end in
+// the middle of one. Rows and keys that must be cleaned; rows and keys that see nothing; and 140 items, as above.
+inline void add_gradients(const Adder& add) {
+  const int d = add.dim;
+  add("grad_dense", {1, 150, 200, 4, 2, d, d}, [](Case&) {});
+  add("grad_causal", {1, 200, 150, 2, 2, d, d}, [](Case& c) {
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
+  });
+  add("grad_window", {1, 150, 330, 2, 1, d, d}, [](Case& c) { c.window.window_left = 70, c.window.window_right = 3; });
+  add("grad_lengths", {3, 150, 200, 2, 1, d, d}, [](Case& c) {
+    c.q_lengths = {150, 0, 77};
+    c.k_lengths = {200, 129, 0};
+    c.window.window_right = 0;
+  });
+  add("grad_general", {1, 150, 200, 2, 1, d, d}, [](Case& c) {
+    c.bias = {1, 2, 150, 200};
+    c.mask = {1, 1, 150, 200};
+    c.window.window_right = 0;
+  });
+  add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
+  if (d <= 128) add("grad_long", {1, d == 64 ? 4100 : 1030, 200, 1, 1, d, d}, [](Case&) {});
+  if (d == 192) {
+    add("grad_values", {1, 150, 200, 2, 1, d, 120}, [](Case&) {});
+    add("grad_values_general", {1, 150, 200, 2, 1, d, 128}, [](Case& c) { c.device_scale = {0.1f}; });
   }
 }
 
@@ -155,6 +185,7 @@ inline std::vector<Case> all_cases(bool small) {
       const Adder hopper(cases, dim, type, "sm90");
       add_features(hopper, small ? 70 : 290, small ? 80 : 310);
       add_tiles(hopper);
+      add_gradients(hopper);
     }
   }
   const int dim = cases.front().shape.head_dim;

@@ -137,7 +137,7 @@ void backward(const Case& c, const Values& v, jfa::Problem p, const std::vector<
     compare(std::string(names[n]) + (deterministic ? " (deterministic)" : ""),
             decode(n < 3 ? c.type : kFloat, results[n]), *expected[n]);
   }
-  if (!deterministic) return;
+  if (!deterministic || !guarded) return;
   memory.poison();
   check(jfa::backward(p, g, scratch->data<float>(), plan.scratch_floats, c.family, stream));
   if (finish(memory, outputs, stream) != results) throw std::runtime_error("a second deterministic backward differs");
@@ -164,13 +164,17 @@ void run_case(const Case& c, bool guarded, double scale_error, cudaStream_t stre
   const auto out = decode(c.type, results[0]), lse = decode(jfa::ElementType::kFloat, results[1]);
   compare("out", out, reference.out);
   compare("lse", lse, reference.lse);
-  memory.poison();
-  check(jfa::forward(p, scratch->data<float>(), plan.scratch_floats, c.family, stream));
-  if (finish(memory, outputs, stream) != results) throw std::runtime_error("a second forward differs");
+  if (guarded) {  // a tool sees nothing new in a second run
+    memory.poison();
+    check(jfa::forward(p, scratch->data<float>(), plan.scratch_floats, c.family, stream));
+    if (finish(memory, outputs, stream) != results) throw std::runtime_error("a second forward differs");
+  }
 
-  if (c.family == "sm90") return;  // it has no backward
+  if (!c.gradients) return;
   reference.backward(out, lse);
   for (const bool deterministic : {false, true}) {
+    const bool same_kernels = plan.family == "sm90" && plan.head_dim > 128;
+    if (deterministic && same_kernels && !guarded) continue;
     backward(c, v, p, results, reference, deterministic, guarded, stream);
   }
 }
@@ -197,7 +201,7 @@ bool report(const std::string& name, F&& f) {
 }
 
 int run(const Options& options) {
-  if (options.soak_seconds > 0.0) return soak(options.soak_seconds, options.seed, options.bug);
+  if (options.soak_seconds > 0.0) return soak(options.soak_seconds, options.seed, options.bug, current_device());
   std::vector<Case> chosen;
   for (const Case& c : all_cases(options.small)) {
     if (matches(c.name, options.globs)) chosen.push_back(c);

@@ -38,6 +38,7 @@ UNDER_TOOLS = {  # globs of the cases of one head dim
     "sm80": ["*-{}-bf16-sm80", "plain-{}-f16-sm80"],
     "sm90": [
         "tile_*-{}-bf16-sm90",
+        "grad_*-{}-bf16-sm90",
         "odd_dim-{}-bf16-sm90",
         "one_*-{}-bf16-sm90",
         "plain-{}-f16-sm90",
@@ -56,8 +57,10 @@ OWN_CHECKS = {  # the driver's own: what is planted, and what it says
 }
 SOAK_CHECKS = {  # the same of a soak
     "hang": r"no end after",
-    "flip": r"a second run differs",
-    "wrong_scale": r"expected .* \+- ",
+    "flip": r"lse of a second run differs",
+    "flip_gradient": r"dv of a second run differs",
+    "wrong_scale": r"(out|lse) is .* expected .* \+- ",
+    "wrong_gradient": r"d[qk] is .* expected .* \+- ",
 }
 OPTIONS = {
     "memcheck": ["--padding", "256", "--report-api-errors", "no"],  # the driver reads return codes

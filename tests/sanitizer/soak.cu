@@ -1,6 +1,7 @@
-// Random forward calls, family auto, from two threads on a stream each. Each call runs twice, into outputs of ones, and
-// the two must agree in every bit; every 20th is compared with attention by its definition. A call that does not end is
-// named, and ends the process.
+// Random calls, family auto, from two threads on a stream each; more than half of them have gradients. Each call runs
+// twice, into outputs of ones, and the two must agree in every bit (dQ, where it may be summed in any order, but for
+// the last place); every 20th is compared with attention by its definition. A call that does not end is named, and ends
+// the process.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -19,102 +20,26 @@
 #include "buffers.h"
 #include "soak.cuh"
 #include "soak.h"
+#include "soak_call.h"
+#include "soak_gradients.cuh"
 
 namespace sanitizer {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kOperandElements = 1 << 25;
 constexpr int64_t kRows = kOperandElements / 8;
-constexpr int64_t kProducts = int64_t(1) << 35;  // at most: the slowest judge then takes some tenths of a second
-constexpr int kMostBatch = 8, kLongest = 3000;
 constexpr int kReferenceEvery = 20;
+constexpr int64_t kForwardScratchFloats = 64;
 constexpr size_t kBandBytes = 4096 + 16;
-constexpr double kScaleOnDevice = 0.1f;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// One call. It is what its seed makes of it.
-struct Call {
-  jfa::Shape shape;
-  jfa::ElementType type = jfa::ElementType::kBfloat16;
-  jfa::Visibility window;
-  std::vector<int> q_lengths, k_lengths;
-  bool general = false;     // the scale is on the device
-  bool one_by_one = false;  // the first run has ended before the second begins
-
-  explicit Call(uint64_t seed) : random_(seed) {
-    const int dims[] = {JFA_HEAD_DIMS};
-    do {
-      const int dim = dims[below(sizeof(dims) / sizeof(dims[0]))];
-      const int kv_heads = up_to(64), q_len = length();
-      shape.batch = up_to(kMostBatch);
-      shape.kv_heads = kv_heads;
-      shape.heads = kv_heads << (chance(0.5) ? 0 : below(4));
-      shape.q_len = q_len;
-      shape.k_len = chance(0.4) ? q_len : length();
-      shape.head_dim = chance(0.7) ? dim : 8 * (1 + below(dim / 8));
-      shape.value_dim = chance(0.7) ? shape.head_dim : 8 * (1 + below(dim / 8));
-    } while (too_large());
-    type = chance(0.5) ? jfa::ElementType::kHalf : jfa::ElementType::kBfloat16;
-    if (chance(0.6)) {
-      window.window_right = chance(0.7) ? 0 : up_to(kLongest) - 1;
-      if (chance(0.3)) window.window_left = up_to(kLongest) - 1;
-      window.bottom_right = chance(0.5);
-    }
-    if (chance(0.25)) q_lengths = lengths(shape.q_len);
-    if (chance(0.25)) k_lengths = lengths(shape.k_len);
-    general = chance(0.15);
-    one_by_one = chance(0.5);
-  }
-
-  double scale() const { return general ? kScaleOnDevice : double(1.0f / std::sqrt(float(shape.head_dim))); }
-  int64_t rows() const { return int64_t(shape.batch) * shape.heads * shape.q_len; }
-
-  std::string text() const {
-    const jfa::Shape& s = shape;
-    std::string text = "batch " + std::to_string(s.batch) + ", q_len " + std::to_string(s.q_len) + ", k_len " +
-                       std::to_string(s.k_len) + ", heads " + std::to_string(s.heads) + "/" +
-                       std::to_string(s.kv_heads) + ", dims " + std::to_string(s.head_dim) + "/" +
-                       std::to_string(s.value_dim) + (type == jfa::ElementType::kHalf ? ", f16" : ", bf16");
-    if (window.window_left != jfa::kUnbounded) text += ", left " + std::to_string(window.window_left);
-    if (window.window_right != jfa::kUnbounded) text += ", right " + std::to_string(window.window_right);
-    if (window.bottom_right) text += ", bottom right";
-    const auto add = [&](const char* name, const std::vector<int>& values) {
-      for (const int& x : values) text += (&x == values.data() ? name : " ") + std::to_string(x);
-    };
-    add(", q_lengths ", q_lengths);
-    add(", k_lengths ", k_lengths);
-    return text + (general ? ", scale on the device" : "") + (one_by_one ? ", runs one by one" : ", runs together");
-  }
-
- private:
-  // Not std::*_distribution, whose numbers are the library's choice: a seed means the same everywhere.
-  double uniform() { return double(random_() >> 11) / 9007199254740992.0; }
-  bool chance(double of) { return uniform() < of; }
-  int below(int end) { return static_cast<int>(uniform() * end); }
-  int up_to(int last) { return static_cast<int>(std::exp(uniform() * std::log(last + 1.0))); }  // log-uniform, from 1
-  int length() { return chance(0.75) ? up_to(kLongest) : 1 + below(kLongest); }
-  std::vector<int> lengths(int extent) {
-    std::vector<int> values(shape.batch);
-    for (int& x : values) x = chance(0.2) ? 0 : chance(0.3) ? extent : below(extent + 1);
-    return values;
-  }
-  bool too_large() const {
-    const int64_t dim = std::max(shape.head_dim, shape.value_dim);
-    return rows() * dim > kOperandElements ||
-           int64_t(shape.batch) * shape.k_len * shape.kv_heads * dim > kOperandElements ||
-           rows() * shape.k_len * (shape.head_dim + shape.value_dim) > kProducts;
-  }
-
-  std::mt19937_64 random_;
-};
 
 // What the threads share.
 struct Session {
   uint64_t seed;
   std::string bug;
+  jfa::Device device;
   Clock::time_point start = Clock::now(), end;
   double limit = 20.0;   // seconds that a call may take
   void* pool = nullptr;  // of inputs: kPool numbers in float16, then as many in bfloat16
@@ -148,9 +73,10 @@ class Worker {
  public:
   Worker(Session& session, int number) : session_(session), random_(session.seed * 2 + number) {
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
-    for (int n = 0; n < 2; ++n) {
-      out_[n] = allocate<unsigned char>(2 * kOperandElements + 2 * kBandBytes);
-      lse_[n] = allocate<unsigned char>(4 * kRows + 2 * kBandBytes);
+    for (auto& run : results_) {
+      for (int n = 0; n < Verdict::kResults; ++n) {
+        run[n] = allocate<unsigned char>((n == Verdict::kLse ? 4 * kRows : 2 * kOperandElements) + 2 * kBandBytes);
+      }
     }
     scratch_ = allocate<float>(kScratchFloats * sizeof(float));
     lengths_ = allocate<int>(2 * kMostBatch * sizeof(int));
@@ -184,56 +110,101 @@ class Worker {
   }
 
  private:
-  static constexpr int64_t kScratchFloats = 64;
+  static constexpr int64_t kScratchFloats = 1 << 28;  // a call that needs more runs without gradients
 
   // Says what is wrong, if anything is.
   std::string run(const Call& call, bool judged, uint64_t seed) {
     const jfa::Shape& s = call.shape;
-    const int64_t out_elements = call.rows() * s.value_dim;
-    jfa::Problem p = problem(call, seed);
+    jfa::Gradients g;
+    jfa::Problem p = problem(call, seed, g);
+    jfa::Plan plan;
+    check(jfa::plan_backward(p, g, "auto", session_.device, plan));
+    const bool gradients = call.gradients != Call::kNone && plan.scratch_floats <= kScratchFloats;
+    const int64_t keys = int64_t(s.batch) * s.k_len * s.kv_heads;
+    const int64_t elements[] = {call.rows() * s.value_dim, call.rows(), call.rows() * s.head_dim, keys * s.head_dim,
+                                keys * s.value_dim};
+    const int results = gradients ? Verdict::kResults : Verdict::kLse + 1;
     check(cudaMemsetAsync(verdict_, 0xff, sizeof(Verdict), stream_), "clearing the verdict");
-    check(cudaMemsetAsync(scratch_, 0xff, kScratchFloats * sizeof(float), stream_), "poisoning scratch");
-    for (int n = 0; n < 2; ++n) {
-      check(cudaMemsetAsync(out_[n], 0xff, 2 * out_elements + 2 * kBandBytes, stream_), "poisoning out");
-      check(cudaMemsetAsync(lse_[n], 0xff, 4 * call.rows() + 2 * kBandBytes, stream_), "poisoning lse");
+    for (auto& run : results_) {
+      for (int n = 0; n < results; ++n) {
+        const int64_t bytes = elements[n] * (n == Verdict::kLse ? 4 : 2) + 2 * kBandBytes;
+        check(cudaMemsetAsync(run[n], 0xff, bytes, stream_), "poisoning a result");
+      }
     }
     if (call.one_by_one) wait("preparing");
     for (int n = 0; n < 2; ++n) {
       if (session_.bug == "hang") spin<<<1, 1, 0, stream_>>>(5'000'000'000);
-      p.o.data = out_[n] + kBandBytes;
-      p.lse = reinterpret_cast<float*>(lse_[n] + kBandBytes);
-      check(jfa::forward(p, scratch_, kScratchFloats, "auto", stream_));
-      if (call.one_by_one || n == 1) wait(n == 0 ? "first run" : call.one_by_one ? "second run" : "both runs");
+      p.o.data = result(n, Verdict::kOut);
+      p.lse = static_cast<float*>(result(n, Verdict::kLse));
+      check(cudaMemsetAsync(scratch_, 0xff, kForwardScratchFloats * sizeof(float), stream_), "poisoning scratch");
+      check(jfa::forward(p, scratch_, kForwardScratchFloats, "auto", stream_));
+      wait_for_run(call, n, "forward");
     }
     if (session_.bug == "flip") check(cudaMemsetAsync(p.lse, 0x11, 4, stream_), "planting");
-
-    constexpr int kBlocks = 512;
-    const auto* lse = reinterpret_cast<const uint32_t*>(lse_[0] + kBandBytes);
-    const auto* out = reinterpret_cast<const uint16_t*>(out_[0] + kBandBytes);
-    compare_runs<uint16_t><<<kBlocks, kJudges, 0, stream_>>>(out, static_cast<const uint16_t*>(p.o.data), out_elements,
-                                                             kBandBytes / 2, &verdict_->out);
-    check(cudaGetLastError(), "comparing out");
-    compare_runs<uint32_t><<<kBlocks, kJudges, 0, stream_>>>(lse, reinterpret_cast<const uint32_t*>(p.lse), call.rows(),
-                                                             kBandBytes / 4, &verdict_->lse);
-    check(cudaGetLastError(), "comparing lse");
-    if (judged) {
-      const double scale = call.scale() * (session_.bug == "wrong_scale" ? 1.05 : 1.0);
-      const auto rows = static_cast<unsigned>(call.rows());
-      const size_t shared = s.k_len * sizeof(double);
-      const Rounding rounding(call.type);
-      if (call.type == jfa::ElementType::kHalf) {
-        check_rows<__half><<<rows, kJudges, shared, stream_>>>(p, scale, rounding, verdict_);
-      } else {
-        check_rows<__nv_bfloat16><<<rows, kJudges, shared, stream_>>>(p, scale, rounding, verdict_);
-      }
-      check(cudaGetLastError(), "running the reference");
+    p.o.data = result(0, Verdict::kOut);
+    p.lse = static_cast<float*>(result(0, Verdict::kLse));
+    for (int n = 0; gradients && n < 2; ++n) {
+      g.dq.data = result(n, Verdict::kDq);
+      g.dk.data = result(n, Verdict::kDk);
+      g.dv.data = result(n, Verdict::kDv);
+      check(cudaMemsetAsync(scratch_, 0xff, plan.scratch_floats * sizeof(float), stream_), "poisoning scratch");
+      check(jfa::backward(p, g, scratch_, plan.scratch_floats, "auto", stream_));
+      wait_for_run(call, n, "backward");
     }
+    if (gradients && session_.bug == "flip_gradient") check(cudaMemsetAsync(g.dv.data, 0x11, 2, stream_), "planting");
+
+    const bool is_half = call.type == jfa::ElementType::kHalf;
+    for (int n = 0; n < results; ++n) {
+      const auto which = static_cast<Verdict::Result>(n);
+      if (n == Verdict::kLse) {
+        compare<uint32_t>(which, elements[n], SameBits{});
+      } else if (n != Verdict::kDq || call.gradients == Call::kDeterministic) {
+        compare<uint16_t>(which, elements[n], SameBits{});
+      } else if (is_half) {
+        compare<uint16_t>(which, elements[n], SameSum<__half>{Rounding(call.type).unit});
+      } else {
+        compare<uint16_t>(which, elements[n], SameSum<__nv_bfloat16>{Rounding(call.type).unit});
+      }
+    }
+    if (judged && is_half) judge_call<__half>(call, p, g, gradients);
+    if (judged && !is_half) judge_call<__nv_bfloat16>(call, p, g, gradients);
     check(cudaMemcpyAsync(found_, verdict_, sizeof(Verdict), cudaMemcpyDeviceToHost, stream_), "reading the verdict");
     wait("comparing");
     return describe();
   }
 
-  jfa::Problem problem(const Call& call, uint64_t seed) {
+  void* result(int run, Verdict::Result which) const { return results_[run][which] + kBandBytes; }
+
+  void wait_for_run(const Call& call, int run, const std::string& pass) {
+    if (call.one_by_one || run == 1) wait((call.one_by_one ? run == 0 ? "first " : "second " : "either ") + pass);
+  }
+
+  template <class Word, class Same>
+  void compare(Verdict::Result which, int64_t elements, Same same) {
+    compare_runs<Word, Same><<<512, kJudges, 0, stream_>>>(static_cast<const Word*>(result(0, which)),
+                                                           static_cast<const Word*>(result(1, which)), elements,
+                                                           kBandBytes / sizeof(Word), &verdict_->first[which], same);
+    check(cudaGetLastError(), "comparing two runs");
+  }
+
+  // The first run's out and lse, from which both of its gradients come, and the second's gradients.
+  template <class Element>
+  void judge_call(const Call& call, const jfa::Problem& p, const jfa::Gradients& g, bool gradients) {
+    const jfa::Shape& s = call.shape;
+    const double scale = call.scale() * (session_.bug == "wrong_scale" ? 1.05 : 1.0);
+    const auto rows = static_cast<unsigned>(call.rows());
+    const Rounding rounding(call.type);
+    check_rows<Element><<<rows, kJudges, s.k_len * sizeof(double), stream_>>>(p, scale, rounding, verdict_);
+    check(cudaGetLastError(), "running the reference");
+    if (!gradients) return;
+    const double backward_scale = scale * (session_.bug == "wrong_gradient" ? 1.05 : 1.0);
+    const auto keys = static_cast<unsigned>(int64_t(s.batch) * s.k_len * s.kv_heads);
+    check_query_gradients<Element><<<rows, kJudges, 0, stream_>>>(p, g, backward_scale, rounding, verdict_);
+    check_key_gradients<Element><<<keys, kJudges, 0, stream_>>>(p, g, backward_scale, rounding, verdict_);
+    check(cudaGetLastError(), "running the reference's backward");
+  }
+
+  jfa::Problem problem(const Call& call, uint64_t seed, jfa::Gradients& g) {
     const jfa::Shape& s = call.shape;
     std::mt19937_64 random(~seed);
     const auto tensor = [](void* data, int64_t rows, int64_t heads, int64_t dim) {
@@ -252,6 +223,11 @@ class Worker {
     p.k = input(s.k_len, s.kv_heads, s.head_dim);
     p.v = input(s.k_len, s.kv_heads, s.value_dim);
     p.o = tensor(nullptr, s.q_len, s.heads, s.value_dim);
+    g.d_o = input(s.q_len, s.heads, s.value_dim);
+    g.dq = tensor(nullptr, s.q_len, s.heads, s.head_dim);
+    g.dk = tensor(nullptr, s.k_len, s.kv_heads, s.head_dim);
+    g.dv = tensor(nullptr, s.k_len, s.kv_heads, s.value_dim);
+    g.deterministic = call.gradients == Call::kDeterministic;
     p.scores.scale = static_cast<float>(call.scale());
     if (call.general) p.scores.device_scale = scale_;
     p.visibility = call.window;
@@ -289,12 +265,14 @@ class Worker {
                                           : " was not written at element ") +
              at;
     };
-    if (found_->out != ~0ull) return in_runs("out", found_->out, kBandBytes / 2);
-    if (found_->lse != ~0ull) return in_runs("lse", found_->lse, kBandBytes / 4);
+    for (int n = 0; n < Verdict::kResults; ++n) {
+      const int64_t band = kBandBytes / (n == Verdict::kLse ? 4 : 2);
+      if (found_->first[n] != ~0ull) return in_runs(kResultNames[n], found_->first[n], band);
+    }
     if (found_->taken != 0) return "";
     char text[200];
     std::snprintf(text, sizeof text, "%s is %.8g at batch %d, head %d, row %d, column %d, expected %.8g +- %.2g",
-                  found_->column < 0 ? "lse" : "out", found_->actual, found_->batch, found_->head, found_->row,
+                  kResultNames[found_->result], found_->actual, found_->batch, found_->head, found_->row,
                   found_->column, found_->desired, found_->bound);
     return text;
   }
@@ -303,7 +281,7 @@ class Worker {
   std::mt19937_64 random_;
   std::string text_;
   cudaStream_t stream_ = nullptr;
-  unsigned char *out_[2], *lse_[2];
+  unsigned char* results_[2][Verdict::kResults];
   float *scratch_, *scale_;
   int *lengths_, *host_lengths_;
   Verdict *verdict_, *found_;
@@ -311,8 +289,9 @@ class Worker {
 
 }  // namespace
 
-int soak(double seconds, uint64_t seed, const std::string& bug) {
+int soak(double seconds, uint64_t seed, const std::string& bug, const jfa::Device& device) {
   Session session;
+  session.device = device;
   session.seed = seed;
   session.bug = bug;
   if (bug == "hang") session.limit = 1.0;
