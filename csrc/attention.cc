@@ -125,7 +125,7 @@ Status plan_forward(const Problem& p, const std::string& family_name, const Devi
   return choose(p, [&](auto dim) {
     plan.scratch_floats = kForwardScratchFloats;
     if (family.hopper) {
-      sm90::plan_forward<dim.value>(p, plan);
+      sm90::plan_forward<dim.value>(p, device.multiprocessors, plan);
     } else {
       describe_tile<sm80::ForwardTile<dim.value>>(dim.value, plan);
     }

@@ -13,8 +13,8 @@ namespace jfa {
 
 // The GPU a call runs on, as far as the choice of kernels depends on it.
 struct Device {
-  int compute_capability = 0;  // 90 is 9.0
-  int multiprocessors = 0;
+  int compute_capability = 0;       // 90 is 9.0
+  int multiprocessors = 132;        // of an H200, where nobody can tell
   int64_t shared_memory_bytes = 0;  // what one block may have
 };
 

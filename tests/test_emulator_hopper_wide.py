@@ -41,6 +41,23 @@ SOME = (
     "scale-traced-negative",
     "everything",
 )
+IN_CLUSTERS = (
+    "dense-63x63",  # the second block of a cluster has no keys
+    "dense-1x129",
+    "causal-top_left-129x65",
+    "causal-bottom_right-65x129",
+    "window-8",
+    "window-leaves-rows-empty",
+    "lengths-query",
+    "lengths-window-bottom-right",
+    "lengths-all-zero",
+    "gqa-6-3-causal",
+    "everything",
+)
+# Makes all tiles those of clusters.
+CLUSTERS = ("sm90/backward_wide_tiles.h", "kCluster = 1;", "kCluster = 2;")
+# Holds K and V in registers: three quarters of them at d 256, else whole.
+HELD = ("sm90/backward_wide_tiles.h", "kHeldSteps = 0;", "kHeldSteps = 12;")
 
 
 def wide(name, dims):
@@ -55,6 +72,20 @@ def check_wide(case, dtype, **options):
 def test_gradients(name):
     turn = zlib.crc32(name.encode())
     check_wide(wide(name, DIMS[turn % 3]), DTYPES[turn // 3 % 2], seed=turn)
+
+
+@pytest.mark.parametrize("name", IN_CLUSTERS)
+def test_gradients_in_clusters(name):
+    turn = zlib.crc32(name.encode())
+    options = {"seed": turn, "edits": (CLUSTERS,), "multiprocessors": 2 + turn // 6 % 2 * 2}
+    check_wide(wide(name, DIMS[turn % 3]), DTYPES[turn // 3 % 2], **options)
+
+
+@pytest.mark.parametrize("name", ["window-8", "gqa-6-3-causal", "lengths-key"])
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+def test_gradients_with_keys_held_in_registers(name, dims):
+    edits = (CLUSTERS, HELD) if name == "window-8" and dims[0] == 256 else (HELD,)
+    check_wide(wide(name, dims), "bfloat16", edits=edits, multiprocessors=2)
 
 
 @pytest.mark.parametrize("name", ["dense-127x129", "lengths-both"])
@@ -105,9 +136,15 @@ POISONED = Poisoned(
     options={"query_seq_lengths": (50, 0, 129), "key_value_seq_lengths": (129, 100, 65)},
 )  # fmt: skip
 
+# Two blocks of a cluster, and tiles to be cleaned one right after another.
+POISONED_SHORT = dataclasses.replace(
+    POISONED, q_len=40, k_len=300, heads=6, kv_heads=1,
+    options={"query_seq_lengths": (20, 35, 10), "key_value_seq_lengths": (300, 100, 65)},
+)  # fmt: skip
 
-def run_poisoned(**options):
-    actual = kernels.run(POISONED, "bfloat16", family="sm90", deterministic=True, **options)
+
+def run_poisoned(case=POISONED, **options):
+    actual = kernels.run(case, "bfloat16", family="sm90", deterministic=True, **options)
     return {name: actual[name].astype(np.float32) for name in ("query", "key", "value")}
 
 
@@ -117,12 +154,19 @@ def test_what_nobody_sees_does_not_leak(general):
         assert np.isfinite(gradient).all(), name
 
 
-def test_order_of_threads_does_not_matter():
+@pytest.mark.parametrize("case", [POISONED, POISONED_SHORT], ids=["long", "short"])
+def test_what_nobody_sees_does_not_leak_in_clusters(case):
+    for name, gradient in run_poisoned(case, edits=(CLUSTERS,), multiprocessors=4).items():
+        assert np.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("edits", [(), (CLUSTERS,)], ids=["blocks", "clusters"])
+def test_order_of_threads_does_not_matter(edits):
     case = wide("everything", (192, 128))
     runs = [
         kernels.run(
             case, "float16", family="sm90", deterministic=True,
-            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed,
+            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed, edits=edits,
         )
         for seed in range(3)
     ]  # fmt: skip
@@ -131,27 +175,44 @@ def test_order_of_threads_does_not_matter():
         np.testing.assert_array_equal(runs[0]["value"], other["value"])
 
 
-# What to replace in backward_wide.cuh, by what, and the case that must notice.
+KERNEL = "sm90/backward_wide.cuh"
+# What to replace, and the case that must notice.
 MUTANTS = {
     "rows-given-back-early": (
-        "wgmma_wait<0>();\n      release_second();\n      pack_operand(s);",
-        "release_second();\n      wgmma_wait<0>();\n      pack_operand(s);", "dense-1000x1000"),
+        "dense-1000x1000",
+        (KERNEL, "wgmma_wait<0>();\n      release_second();\n      pack_operand(s);",
+         "release_second();\n      wgmma_wait<0>();\n      pack_operand(s);")),
     "probabilities-overwritten": (
-        "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n", "", "dense-1000x1000"),
+        "dense-1000x1000",
+        (KERNEL, "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n", "")),
     "mask-left-out": (
-        "rule.apply_transposed(", "if (kGeneral) rule.apply_transposed(", "window-(70,3)"),
+        "window-(70,3)",
+        (KERNEL, "rule.apply_transposed(", "if (kGeneral) rule.apply_transposed(")),
+    "stage-of-the-other-block-not-waited-for": (
+        "gqa-6-3-causal", CLUSTERS,
+        (KERNEL, "mbarrier_arrive_remote(free, other)", ""),
+        (KERNEL, "q_free[stage]), Shape::kCluster > 1 ? 7 : 5", "q_free[stage]), 5"),
+        (KERNEL, "d_o_free[stage]), Shape::kCluster > 1 ? 7 : 5", "d_o_free[stage]), 5")),
+    "number-overwritten": (
+        "gqa-6-3-causal", CLUSTERS,
+        (KERNEL, "    if (elect_one()) mbarrier_arrive_remote(item_free + 8 * mailbox, 0);\n", ""),
+        (KERNEL, "Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9", "9")),
+    "keys-given-back-before-they-are-read": (
+        "lengths-key", HELD, (KERNEL, "if constexpr (kHeld > 0) settle_loads(held);", "")),
+    "block-leaves-the-cluster": (
+        "gqa-6-3-causal", CLUSTERS,
+        (KERNEL, "cluster_barrier();  // the other", "barrier();  // the other")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_caught(mutant):
-    old, new, name = MUTANTS[mutant]
-    edits = (("sm90/backward_wide.cuh", old, new),)
+    name, *edits = MUTANTS[mutant]
+    case, edits = wide(name, (192, 128)), tuple(edits)
+    options = {"edits": edits, "multiprocessors": 2 if CLUSTERS in edits else 1}
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
-            check_wide(
-                wide(name, (192, 128)), "bfloat16", seed=seed, edits=edits, multiprocessors=1
-            )
+            check_wide(case, "bfloat16", seed=seed, **options)
 
 
 def test_rows_that_are_not_cleaned_leak():

@@ -9,6 +9,9 @@
 //                dK += dS^T Q
 // Each issues the first product of step n + 1 before the accumulation of step n, and works on the elements of the
 // former under the latter. Between two items the old one's epilogue runs under the first product of the new.
+//
+// In a cluster of two blocks, of neighbouring key tiles, both pass over the same query tiles: each loads half of every
+// Q and dO into both, and a stage is free when both have read it.
 #pragma once
 
 #include "common/scores.cuh"
@@ -18,7 +21,7 @@
 
 namespace jfa::sm90 {
 
-// The role of a warp that loads. That of the queries also numbers the work.
+// The role of a warp that loads. That of the queries also numbers the work; in a cluster the first block does for both.
 template <class Shape, bool kOfQueries>
 __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
   using Stream = BackwardWideStream<Shape, kOfQueries>;
@@ -31,11 +34,13 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
   const int group = shape.heads / shape.kv_heads;
   RingPosition<Shape::kStages> at(1);
   RingPosition<kBackwardWideItems> item_at(kOfQueries ? 1 : 0);
-  uint32_t resident_parity = 1, landed_parity = 0;
-  int number = block_index();
+  uint32_t resident_parity = 1, landed_parities = 0;  // the latter a bit for each stage
+  const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
+  const int clusters = grid_blocks() / Shape::kCluster;
+  int number = block_index() / Shape::kCluster;
 
-  // Rows from `row` on, with their statistics. Rows that see no key of the tile become zeros: what lies there belongs
-  // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros.
+  // Rows from `row` on, with their statistics. Rows that see no key of the item become zeros: what lies there belongs
+  // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros. In a cluster each block cleans its own copy.
   const auto load_rows = [&](int row, int head, int batch, int end_row) {
     constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
     const float* source =
@@ -55,19 +60,27 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     }
     warp_barrier();
     const bool whole = end_row >= min(row + Shape::kQ, shape.q_len);
-    const uint32_t full = stream.full + 8 * at.slot;
+    const uint32_t full = stream.full + 8 * at.slot, landed = stream.landed + 8 * at.slot;
     const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
     if (elect_one()) {
-      const uint32_t mbarrier = whole ? full : stream.landed;
+      const uint32_t mbarrier = whole ? full : landed;
+      const TensorMap& map = kOfQueries ? a.q : a.d_o;
       mbarrier_arrive_expect(mbarrier, Streamed::kBytes);
 #pragma unroll
-      for (int c = 0; c < Streamed::kChunks; ++c) {
-        tma_load(to + c * Streamed::kChunkBytes, kOfQueries ? a.q : a.d_o, mbarrier, c * kChunkCols, row, head, batch);
+      for (int n = 0; n < ceil_div(Streamed::kChunks, Shape::kCluster); ++n) {
+        // Where the number of chunks is odd, the first block loads one more of Q, and the second of dO.
+        const int c = n * Shape::kCluster + (kOfQueries ? rank : Shape::kCluster - 1 - rank);
+        if constexpr (Shape::kCluster > 1) {
+          if (c >= Streamed::kChunks) break;
+          tma_load_multicast(to + c * Streamed::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch, 0b11);
+        } else {
+          tma_load(to + c * Streamed::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch);
+        }
       }
     }
     if (!whole) {
-      mbarrier_wait(stream.landed, landed_parity);
-      landed_parity ^= 1;
+      mbarrier_wait(landed, landed_parities >> at.slot & 1);
+      landed_parities ^= 1 << at.slot;
 #pragma unroll 1
       for (int x = end_row - row; x < Shape::kQ; ++x) {
 #pragma unroll 1
@@ -91,12 +104,25 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
                c * kChunkCols, first_key, head, batch);
     }
   };
+  // What the first block of a cluster has drawn during an item, for both.
+  const auto send = [&](int drawn, int mailbox) {
+    store_remote_32(shared_address(&smem.drawn[mailbox]), drawn, shared_address(&smem.drawn_ready[mailbox]), 1);
+  };
+  const auto receive = [&](int mailbox, uint32_t parity) {
+    const uint32_t ready = shared_address(&smem.drawn_ready[mailbox]);
+    if (elect_one()) mbarrier_arrive_expect(ready, 4);
+    mbarrier_wait(ready, parity);
+    const int drawn = load_shared_32(shared_address(&smem.drawn[mailbox]));
+    warp_barrier();
+    if (elect_one()) mbarrier_arrive_remote(item_free + 8 * mailbox, 0);
+    return drawn;
+  };
 
 #pragma unroll 1
   while (true) {
     const uint32_t item_bytes = items + item_at.slot * kBackwardWideItemWords * 4;
     if constexpr (kOfQueries) {
-      const BackwardWideItem item = backward_wide_item<Shape>(a, number);
+      const BackwardWideItem item = backward_wide_item<Shape>(a, number, rank);
       mbarrier_wait(item_free + 8 * item_at.slot, item_at.parity);
       if (lane_index() == 0) {
         store_item(item_bytes, item);
@@ -108,25 +134,29 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     }
     const BackwardWideItem item = load_backward_wide_item(item_bytes);
     if constexpr (!kOfQueries) arrive_for_warp(item_free + 8 * item_at.slot);
-    item_at.advance();
     if (item.first_key < 0) break;
     bool first = true;
 #pragma unroll 1
     for (int head = item.head * group; head < (item.head + 1) * group; ++head) {
       int row = item.first_row;
 #pragma unroll 1
-      for (int t = 0; t < item.tiles; ++t, row += Shape::kQ) {
+      do {
         load_rows(row, head, item.batch, item.end_row);
         if (first) load_resident(item.first_key, item.head, item.batch);
         first = false;
-      }
+        row += Shape::kQ;
+      } while (row < item.end_row);
     }
     if constexpr (kOfQueries) {
       // Late, with the loads of the last steps under way: an item drawn early would wait while others have nothing.
       int drawn = 0;
-      if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.counter, 0xffffffff));
-      number = broadcast(drawn);
+      if (rank == 0 && lane_index() == 0) {
+        drawn = clusters + int(increment_global(a.counter, 0xffffffff));
+        if (Shape::kCluster > 1) send(drawn, item_at.slot);
+      }
+      number = rank == 0 ? int(broadcast(drawn)) : receive(item_at.slot, item_at.parity ^ 1);
     }
+    item_at.advance();
   }
 }
 
@@ -155,6 +185,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   using Second = BackwardWideStream<Shape, !kOfValues>;  // of the accumulation
   constexpr int kFirstUnits = First::Streamed::kBytes / 16, kSecondUnits = Second::Streamed::kBytes / 16;
   constexpr int kOutCols = Second::kDim / 4;
+  constexpr int kSteps = First::kDim / 16, kHeld = Shape::kHeldSteps < kSteps ? Shape::kHeldSteps : kSteps;
   const First first(smem);
   const Second second(smem);
   const uint32_t resident = descriptor(first.resident);
@@ -164,6 +195,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const uint32_t p_full = shared_address(smem.p_full), p_free = shared_address(smem.p_free);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
   const bool one_thread = thread_index() % kWarpgroupThreads == 0;
+  const int other = Shape::kCluster > 1 ? cluster_rank() ^ 1 : 0;
 
   RingPosition<Shape::kStages> first_at(0), second_at(0);
   RingPosition<Shape::kPlaces> p_at(kOfValues ? 1 : 0);
@@ -172,7 +204,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   int steps = 0, row = 0, tile = 0, head = 0;  // of the current item; the last three of the current step
   Interval unmasked{};                         // rows that see all keys
   Fragment<2, kOutCols> out;
-  uint32_t operand[Shape::kQ / 16][4];  // P^T or dS^T
+  uint32_t operand[Shape::kQ / 16][4];      // P^T or dS^T
+  uint32_t held[kHeld > 0 ? kHeld : 1][4];  // of what stays, as operand A
   out.clear();
 
   const auto item_address = [&](int slot) { return shared_address(smem.items) + slot * kBackwardWideItemWords * 4; };
@@ -206,13 +239,26 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const auto take_resident = [&] {
     mbarrier_wait(first.resident_full, resident_parity);
     resident_parity ^= 1;
+    const int row = warp_index() % 4 * 16 + lane_index() % 16;
+#pragma unroll
+    for (int step = 0; step < kHeld; ++step) {
+      load_matrix_x4(held[step], first.resident + First::Resident::offset_bytes(row, 2 * step + lane_index() / 16));
+    }
+    if constexpr (kHeld > 0) settle_loads(held);
+    if constexpr (kHeld == kSteps) arrive_for_warp(first.resident_free);
+  };
+  // In a cluster: the other block, which loads into this one too, may load once the products here have read a stage.
+  // Statistics each block loads for itself.
+  const auto tell_other = [&](uint32_t free) {
+    if (Shape::kCluster > 1 && one_thread) mbarrier_arrive_remote(free, other);
   };
   // wgmma reads for the whole warpgroup, and so does its wait.
   const auto release_resident = [&] {
-    if (one_thread) mbarrier_arrive(first.resident_free);
+    if constexpr (kHeld < kSteps) arrive_for_warp(first.resident_free);
   };
   const auto release_second = [&] {
     if (one_thread) mbarrier_arrive(second.free + 8 * second_at.slot);
+    tell_other(second.free + 8 * second_at.slot);
     second_at.advance();
   };
 
@@ -222,10 +268,14 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
 #pragma unroll
     for (int step = 0; step < First::kDim / 16; ++step) {
       const int within = step % 4 * 32;
-      Wgmma<Shape::kQ>::template ss<Element, false, false>(
-          s.v, descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within),
-          descriptor_at(streamed + first_at.slot * kFirstUnits, step / 4 * First::Streamed::kChunkBytes + within),
-          step != 0);
+      const uint64_t rows =
+          descriptor_at(streamed + first_at.slot * kFirstUnits, step / 4 * First::Streamed::kChunkBytes + within);
+      if (step < kHeld) {
+        Wgmma<Shape::kQ>::template rs<Element, false>(s.v, held[step], rows, step != 0);
+      } else {
+        const uint64_t keys = descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within);
+        Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, keys, rows, step != 0);
+      }
     }
     wgmma_commit();
   };
@@ -295,6 +345,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       p_at.advance();
     }
     arrive_for_warp(first.free + 8 * first_at.slot);
+    tell_other(first.free + 8 * first_at.slot);
     first_at.advance();
   };
   const auto pack_operand = [&](const Fragment<2, Shape::kQ / 4>& s) {
@@ -379,18 +430,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
   if (thread_index() == 0) {
     for (int n = 0; n < kBackwardWideItems; ++n) {
       mbarrier_init(shared_address(&smem.item_full[n]), 1);
-      mbarrier_init(shared_address(&smem.item_free[n]), 9);  // the warps that compute and the second that loads
+      // The warps that compute, the second that loads, and in the first block of a cluster that of the other's queries.
+      mbarrier_init(shared_address(&smem.item_free[n]), Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9);
+      mbarrier_init(shared_address(&smem.drawn_ready[n]), 1);
     }
-    for (uint64_t* mbarrier :
-         {&smem.k_full, &smem.k_free, &smem.v_full, &smem.v_free, &smem.q_landed, &smem.d_o_landed}) {
-      mbarrier_init(shared_address(mbarrier), 1);
-    }
+    mbarrier_init(shared_address(&smem.k_full), 1);
+    mbarrier_init(shared_address(&smem.v_full), 1);
+    mbarrier_init(shared_address(&smem.k_free), 4);
+    mbarrier_init(shared_address(&smem.v_free), 4);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       mbarrier_init(shared_address(&smem.q_full[stage]), 1);
       mbarrier_init(shared_address(&smem.d_o_full[stage]), 1);
-      // Each warp that reads the statistics, and the warpgroup that accumulates.
-      mbarrier_init(shared_address(&smem.q_free[stage]), 5);
-      mbarrier_init(shared_address(&smem.d_o_free[stage]), 5);
+      mbarrier_init(shared_address(&smem.q_landed[stage]), 1);
+      mbarrier_init(shared_address(&smem.d_o_landed[stage]), 1);
+      // Each warp that reads the statistics, and the warpgroup that accumulates; of the other block the warpgroups.
+      mbarrier_init(shared_address(&smem.q_free[stage]), Shape::kCluster > 1 ? 7 : 5);
+      mbarrier_init(shared_address(&smem.d_o_free[stage]), Shape::kCluster > 1 ? 7 : 5);
     }
     for (int place = 0; place < Shape::kPlaces; ++place) {
       mbarrier_init(shared_address(&smem.p_full[place]), 4);
@@ -398,7 +453,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
     }
     mbarrier_init_fence();
   }
-  barrier();
+  if constexpr (Shape::kCluster > 1) {
+    cluster_barrier();
+  } else {
+    barrier();
+  }
   const int warp = warp_index();
   if (warp < 4) {
     shrink_registers<Shape::kLoadRegisters>();
@@ -412,6 +471,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
       compute_key_gradient<Element, Shape, kGeneral, false>(a, smem);
     }
   }
+  if constexpr (Shape::kCluster > 1) cluster_barrier();  // the other block may still write here
 }
 
 }  // namespace jfa::sm90

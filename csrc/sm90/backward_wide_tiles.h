@@ -10,21 +10,30 @@ namespace jfa::sm90 {
 
 // A block has one warpgroup that loads and two that compute: one dV, the other dK, of the same kKeys keys, a step of kQ
 // query rows at a time. Q and dO have kStages places each.
-template <int kHeadDim_, int kValueDim_, int kQ_, int kStages_>
+//
+// The two blocks of a cluster work on neighbouring key tiles of one head. Each loads half of every tile of Q and dO
+// into both, which halves what the multiprocessors read from the L2.
+template <int kHeadDim_, int kValueDim_, int kQ_, int kStages_, int kCluster_ = 1, int kHeldSteps_ = 0>
 struct BackwardWideTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kStages = kStages_;
+  static constexpr int kCluster = kCluster_;
+  static_assert(kCluster == 1 || kCluster == 2, "a cluster has one block or two");
   static constexpr int kKeys = kWarpgroupRows;
+  static constexpr int kClusterKeys = kCluster * kKeys;  // of one item
   static constexpr int kQ = kQ_;
   static_assert(kQ % 32 == 0, "the lanes of a warp load the statistics of as many rows each");
   static constexpr int kPlaces = 2;  // for probabilities, on their way from one warpgroup to the other
   static_assert(kHeadDim % 64 == 0 && kValueDim % 64 == 0, "heads have whole chunks of 64 columns");
+  // So many steps of 16 columns of K and of V are held in registers. A product of 64 x 32 x 16 whose operands both lie
+  // in shared memory reads 3 KB of it, at 128 bytes a cycle, in the time of 16 cycles; with K in registers 1 KB.
+  static constexpr int kHeldSteps = kHeldSteps_;
   static constexpr int kThreads = 3 * kWarpgroupThreads;
 
   // Registers of a thread, as in ForwardTile.
-  static constexpr int kLoadRegisters = 24;
-  static constexpr int kComputeRegisters = 240;
+  static constexpr int kLoadRegisters = kCluster == 2 ? 40 : 24;
+  static constexpr int kComputeRegisters = kCluster == 2 ? 232 : 240;
   static_assert(kLoadRegisters + 2 * kComputeRegisters <= 3 * (65536 / kThreads / 8 * 8),
                 "the warpgroups of a block do not have that many registers together");
 
@@ -35,19 +44,25 @@ struct BackwardWideTile {
   static constexpr int kSharedBytes = kTileBytes + kProbabilityBytes + kStatisticBytes + kBarrierBytes;
 };
 
-// General scores of 64 rows spill while they read a bias, but for the narrowest pair of dims.
+// Steps of 32 rows with as many stages as there is room for. At d 256, TFLOP/s of the kernel's own products on an H200,
+// against 64 rows and 2 stages: 16k 562 (514), causal 558 (550); 4k 553 (512), causal 529 (513); 1k 506 (491), causal
+// 409 (405). General scores of 64 rows spill while they read a bias.
 template <int kHeadDim, int kValueDim, bool kGeneral>
-using BackwardWide =
-    std::conditional_t<kGeneral && kHeadDim + kValueDim >= 384, BackwardWideTile<kHeadDim, kValueDim, 32, 4>,
-                       BackwardWideTile<kHeadDim, kValueDim, 64, kHeadDim == 256 ? 2 : 3>>;
+struct BackwardWideTiles {
+  static constexpr int kStages = kHeadDim == 256 ? 4 : kValueDim == 192 ? 6 : 8;
+  static constexpr int kCluster = 1;
+  static constexpr int kHeldSteps = 0;
+  using Tile = BackwardWideTile<kHeadDim, kValueDim, 32, kStages, kCluster, kHeldSteps>;
+};
 
 // Calls f(Type<BackwardWideTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
 // general.
 template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
-    if (is_general(p.scores)) return f(Type<BackwardWide<kHeadDim, value_dim.value, true>>{}, std::true_type{});
-    return f(Type<BackwardWide<kHeadDim, value_dim.value, false>>{}, std::false_type{});
+    if (is_general(p.scores))
+      return f(Type<typename BackwardWideTiles<kHeadDim, value_dim.value, true>::Tile>{}, std::true_type{});
+    return f(Type<typename BackwardWideTiles<kHeadDim, value_dim.value, false>::Tile>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {
     if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});

@@ -17,8 +17,8 @@ struct BackwardWideArguments {
   uint32_t* counter;  // of items drawn; 0 before
 };
 
-// Computed once, by the warp that loads the queries. The rows are those that see some key of the tile; an item that
-// none sees has one tile of rows outside the tensor, where zeros are loaded.
+// Computed once, by the warp that loads the queries. The rows are those that see some key of the cluster's tiles; an
+// item that none sees has one tile of rows outside the tensor, where zeros are loaded.
 struct BackwardWideItem {
   int first_key;    // negative: there is no more work
   int head, batch;  // head of keys and values
@@ -44,7 +44,11 @@ struct BackwardWideSmem {
   uint64_t q_full[Shape::kStages], q_free[Shape::kStages];
   uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
   uint64_t p_full[Shape::kPlaces], p_free[Shape::kPlaces];
-  uint64_t q_landed, d_o_landed;  // tiles of which rows have to be cleaned before they are full
+  // Of tiles of which rows have to be cleaned before they are full. One for each stage: the other block of a cluster
+  // may be at its next such tile already, and bytes that it loads must not end the wait for this one's.
+  uint64_t q_landed[Shape::kStages], d_o_landed[Shape::kStages];
+  uint64_t drawn_ready[kBackwardWideItems];  // in the second block of a cluster: what the first has drawn for both
+  uint32_t drawn[kBackwardWideItems];
 };
 
 // The two streams through a block, as addresses: queries, with K and lse, and dO, with V and delta. A computing
@@ -65,7 +69,7 @@ struct BackwardWideStream {
         resident_free(shared_address(kOfQueries ? &smem.k_free : &smem.v_free)),
         full(shared_address(kOfQueries ? smem.q_full : smem.d_o_full)),
         free(shared_address(kOfQueries ? smem.q_free : smem.d_o_free)),
-        landed(shared_address(kOfQueries ? &smem.q_landed : &smem.d_o_landed)) {}
+        landed(shared_address(kOfQueries ? smem.q_landed : smem.d_o_landed)) {}
 };
 
 __device__ __forceinline__ void store_item(uint32_t to, const BackwardWideItem& item) {
@@ -81,19 +85,20 @@ __device__ __forceinline__ BackwardWideItem load_backward_wide_item(uint32_t fro
   return {words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]};
 }
 
-// The item with that number; none past the last.
+// The item with that number, as block `rank` of a cluster works on it; none past the last.
 template <class Shape>
-__device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number) {
+__device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number, int rank) {
   BackwardWideItem item{-1, 0, 0, 0, 0, 0, 0, 0};
   if (number >= a.order.items) return item;
   const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
-  item.first_key = place.rank * Shape::kKeys;
+  const int cluster_key = place.rank * Shape::kClusterKeys;
+  item.first_key = cluster_key + rank * Shape::kKeys;
   item.head = place.head;
   item.batch = place.batch;
   const Sequence sequence(a.p, item.batch);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
-  Interval rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kKeys);
+  Interval rows = sequence.rows_of_keys(cluster_key, cluster_key + Shape::kClusterKeys);
   const int outside = max(a.p.shape.q_len, 1);
   if (rows.empty()) rows = {outside, outside};
   item.first_row = rows.begin;

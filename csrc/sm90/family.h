@@ -37,10 +37,10 @@ Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors
 
 // Calls f(Type<ForwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
 template <int kHeadDim, class F>
-auto with_forward_tile(const Problem& p, F&& f) {
+auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
-    switch (forward_kind(p)) {
+    switch (forward_kind(p, multiprocessors)) {
       case ForwardKind::kGeneral:
         return f(Type<typename Tiles::General>{}, std::true_type{});
       case ForwardKind::kShort:
@@ -66,8 +66,8 @@ inline std::string describe(const WorkOrder& order, bool drawn) {
 
 // Everything of a plan but what depends on the device.
 template <int kHeadDim>
-void plan_forward(const Problem& p, Plan& plan) {
-  with_forward_tile<kHeadDim>(p, [&](auto tile, auto) {
+void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
+  with_forward_tile<kHeadDim>(p, multiprocessors, [&](auto tile, auto) {
     using Tile = typename decltype(tile)::type;
     plan.head_dim = Tile::kHeadDim;
     plan.q_tile = Tile::kQ;
@@ -103,8 +103,8 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     });
   } else {
     with_backward_wide_tile<kHeadDim>(p, [&](auto tile, auto) {
-      constexpr int kKeys = decltype(tile)::type::kKeys;
-      of_keys(tile, kKeys, backward_wide_order(p, kKeys));
+      using Tile = typename decltype(tile)::type;
+      of_keys(tile, Tile::kKeys, backward_wide_order(p, Tile::kClusterKeys));
     });
   }
   if (!has_query_kernel) return;

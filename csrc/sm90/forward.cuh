@@ -21,10 +21,10 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   using KeyTile = Tile<Shape::kK, Shape::kHeadDim>;
   using ValueTile = Tile<Shape::kK, Shape::kValueDim>;
   const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
-  const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(&smem.landed);
+  const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(smem.landed);
   const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
   RingPosition<Shape::kSlots> at(1);
-  uint32_t landed_parity = 0;
+  uint32_t landed_parities = 0;  // a bit for each place
 
   const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
   const int cluster = block_index() / Shape::kCluster;
@@ -68,9 +68,9 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     if (keys.end >= min(j + Shape::kK, a.p.shape.k_len)) {  // past the tensor TMA writes zeros
       load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, batch);
     } else {
-      load_shared(Type<ValueTile>{}, a.v, to, landed, j, head, batch);
-      mbarrier_wait(landed, landed_parity);
-      landed_parity ^= 1;
+      load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, batch);
+      mbarrier_wait(landed + 8 * at.slot, landed_parities >> at.slot & 1);
+      landed_parities ^= 1u << at.slot;
 #pragma unroll 1
       for (int row = keys.end - j; row < Shape::kK; ++row) {
         for (int chunk = lane_index(); chunk < ValueTile::kChunks * 8; chunk += kWarpThreads) {
@@ -389,9 +389,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
     mbarrier_init(shared_address(&smem.item_ready), 1);
     mbarrier_init(shared_address(&smem.q_full), 1);
     mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * 4);
-    mbarrier_init(shared_address(&smem.landed), 1);
     for (int slot = 0; slot < Shape::kSlots; ++slot) {
       mbarrier_init(shared_address(&smem.full[slot]), 1);
+      mbarrier_init(shared_address(&smem.landed[slot]), 1);
       mbarrier_init(shared_address(&smem.free[slot]), Shape::kCluster * Shape::kWarpgroups);
     }
     for (int i = 0; i < kItems; ++i) mbarrier_init(shared_address(&smem.drawn_ready[i]), 1);

@@ -17,7 +17,7 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
   BackwardWideArguments a;
   a.p = p;
   a.g = g;
-  a.order = backward_wide_order(p, Shape::kKeys);
+  a.order = backward_wide_order(p, Shape::kClusterKeys);
   a.counter = counter;
   const jfa::Shape& s = p.shape;
   const bool has_queries = s.q_len > 0;  // an empty array may have no address
@@ -29,9 +29,9 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
   if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
   if (status.ok()) status = make_tensor_map(a.v, p.v, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
   if (!status.ok()) return status;
-  const int64_t workers = std::min(a.order.items, std::max(multiprocessors, 1));
+  const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   return launch("jax_flashattn sm90 backward_wide", backward_wide<Element, Shape, kGeneral>,
-                Grid{workers, Shape::kThreads, Shape::kSharedBytes}, stream, a);
+                Grid{workers * Shape::kCluster, Shape::kThreads, Shape::kSharedBytes, Shape::kCluster}, stream, a);
 }
 
 // `counter`: scratch, one number that is 0.

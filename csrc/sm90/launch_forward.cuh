@@ -47,7 +47,7 @@ Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, 
   }
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
-    return with_forward_tile<kHeadDim>(p, [&](auto tile, auto general) {
+    return with_forward_tile<kHeadDim>(p, multiprocessors, [&](auto tile, auto general) {
       using Shape = typename decltype(tile)::type;
       return launch_forward_tile<Element, Shape, general.value>(p, counter, multiprocessors, stream);
     });

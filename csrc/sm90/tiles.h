@@ -118,12 +118,13 @@ inline bool is_dense(const Problem& p) {
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
-// see enough keys. It never pays where there is no second wave of items.
-inline ForwardKind forward_kind(const Problem& p) {
+// see enough keys. It never pays where most multiprocessors have nothing to do.
+inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  constexpr int64_t kFewRows = 128 * 132;  // one tile for each multiprocessor of an H200
   if (is_general(p.scores)) return ForwardKind::kGeneral;
-  if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= kFewRows) return ForwardKind::kShort;
+  // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
+  if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
+    return ForwardKind::kShort;
   if (is_dense(p)) return ForwardKind::kDense;
   const int64_t window = int64_t(p.visibility.window_left) + p.visibility.window_right + 1;
   return std::min<int64_t>(p.shape.k_len, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
