@@ -51,7 +51,7 @@ _OTHER_TYPE = {
         "dispatch.h",
         "if (type == ElementType::kBfloat16) return f(Type<__nv_bfloat16>{});",
         "",
-    ),  # noqa: E501
+    ),
     "bfloat16": ("dispatch.h", "if (type == ElementType::kHalf) return f(Type<__half>{});", ""),
 }
 
