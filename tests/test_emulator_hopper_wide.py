@@ -54,10 +54,7 @@ IN_CLUSTERS = (
     "gqa-6-3-causal",
     "everything",
 )
-# Makes all tiles those of clusters.
-CLUSTERS = ("sm90/backward_wide_tiles.h", "kCluster = 1;", "kCluster = 2;")
-# Holds K and V in registers: three quarters of them at d 256, else whole.
-HELD = ("sm90/backward_wide_tiles.h", "kHeldSteps = 0;", "kHeldSteps = 12;")
+CLUSTER_DIMS = (256, 256)  # what plain scores run in clusters of two blocks
 
 
 def wide(name, dims):
@@ -77,15 +74,8 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", IN_CLUSTERS)
 def test_gradients_in_clusters(name):
     turn = zlib.crc32(name.encode())
-    options = {"seed": turn, "edits": (CLUSTERS,), "multiprocessors": 2 + turn // 6 % 2 * 2}
-    check_wide(wide(name, DIMS[turn % 3]), DTYPES[turn // 3 % 2], **options)
-
-
-@pytest.mark.parametrize("name", ["window-8", "gqa-6-3-causal", "lengths-key"])
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_gradients_with_keys_held_in_registers(name, dims):
-    edits = (CLUSTERS, HELD) if name == "window-8" and dims[0] == 256 else (HELD,)
-    check_wide(wide(name, dims), "bfloat16", edits=edits, multiprocessors=2)
+    options = {"seed": turn, "multiprocessors": 2 + turn // 6 % 2 * 2}
+    check_wide(wide(name, CLUSTER_DIMS), DTYPES[turn // 3 % 2], **options)
 
 
 @pytest.mark.parametrize("name", ["dense-127x129", "lengths-both"])
@@ -156,17 +146,18 @@ def test_what_nobody_sees_does_not_leak(general):
 
 @pytest.mark.parametrize("case", [POISONED, POISONED_SHORT], ids=["long", "short"])
 def test_what_nobody_sees_does_not_leak_in_clusters(case):
-    for name, gradient in run_poisoned(case, edits=(CLUSTERS,), multiprocessors=4).items():
+    case = dataclasses.replace(case, head_dim=CLUSTER_DIMS[0], value_dim=CLUSTER_DIMS[1])
+    for name, gradient in run_poisoned(case, multiprocessors=4).items():
         assert np.isfinite(gradient).all(), name
 
 
-@pytest.mark.parametrize("edits", [(), (CLUSTERS,)], ids=["blocks", "clusters"])
-def test_order_of_threads_does_not_matter(edits):
-    case = wide("everything", (192, 128))
+@pytest.mark.parametrize("dims", [(192, 128), CLUSTER_DIMS], ids=["blocks", "clusters"])
+def test_order_of_threads_does_not_matter(dims):
+    case = wide("gqa-6-3-causal", dims)
     runs = [
         kernels.run(
             case, "float16", family="sm90", deterministic=True,
-            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed, edits=edits,
+            seed=seed, host_threads=1 + seed % 2, multiprocessors=1 + 2 * seed,
         )
         for seed in range(3)
     ]  # fmt: skip
@@ -176,40 +167,36 @@ def test_order_of_threads_does_not_matter(edits):
 
 
 KERNEL = "sm90/backward_wide.cuh"
-# What to replace, and the case that must notice.
+# What to replace, and the case and its dims that must notice.
 MUTANTS = {
     "rows-given-back-early": (
-        "dense-1000x1000",
+        "dense-1000x1000", (192, 128),
         (KERNEL, "wgmma_wait<0>();\n      release_second();\n      pack_operand(s);",
          "release_second();\n      wgmma_wait<0>();\n      pack_operand(s);")),
     "probabilities-overwritten": (
-        "dense-1000x1000",
+        "dense-1000x1000", (192, 128),
         (KERNEL, "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n", "")),
     "mask-left-out": (
-        "window-(70,3)",
+        "window-(70,3)", (192, 128),
         (KERNEL, "rule.apply_transposed(", "if (kGeneral) rule.apply_transposed(")),
     "stage-of-the-other-block-not-waited-for": (
-        "gqa-6-3-causal", CLUSTERS,
+        "gqa-6-3-causal", CLUSTER_DIMS,
         (KERNEL, "mbarrier_arrive_remote(free, other)", ""),
         (KERNEL, "q_free[stage]), Shape::kCluster > 1 ? 7 : 5", "q_free[stage]), 5"),
         (KERNEL, "d_o_free[stage]), Shape::kCluster > 1 ? 7 : 5", "d_o_free[stage]), 5")),
-    "number-overwritten": (
-        "gqa-6-3-causal", CLUSTERS,
-        (KERNEL, "    if (elect_one()) mbarrier_arrive_remote(item_free + 8 * mailbox, 0);\n", ""),
-        (KERNEL, "Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9", "9")),
     "keys-given-back-before-they-are-read": (
-        "lengths-key", HELD, (KERNEL, "if constexpr (kHeld > 0) settle_loads(held);", "")),
+        "lengths-key", (192, 128), (KERNEL, "if constexpr (kHeld > 0) settle_loads(held);", "")),
     "block-leaves-the-cluster": (
-        "gqa-6-3-causal", CLUSTERS,
+        "gqa-6-3-causal", CLUSTER_DIMS,
         (KERNEL, "cluster_barrier();  // the other", "barrier();  // the other")),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_caught(mutant):
-    name, *edits = MUTANTS[mutant]
-    case, edits = wide(name, (192, 128)), tuple(edits)
-    options = {"edits": edits, "multiprocessors": 2 if CLUSTERS in edits else 1}
+    name, dims, *edits = MUTANTS[mutant]
+    case = wide(name, dims)
+    options = {"edits": tuple(edits), "multiprocessors": 2 if dims == CLUSTER_DIMS else 1}
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check_wide(case, "bfloat16", seed=seed, **options)

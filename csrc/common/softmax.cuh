@@ -207,36 +207,36 @@ __device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Frag
   }
 }
 
-// The same in two steps, for those who have the scores before dp: in between, a masked score's p is -inf.
+// The same in two steps, for those who have the scores before dp. Between the steps a masked score is kept as -0, which
+// no exponential gives.
 template <bool kMasked, int kRows, int kCols>
-__device__ __forceinline__ void recompute_probabilities(Fragment<kRows, kCols>& s, float factor_log2,
-                                                        const float (&lse_log2)[kRows]) {
+__device__ __forceinline__ void probabilities_of_rows(Fragment<kRows, kCols>& s, float factor_log2,
+                                                      const float (&lse_log2)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
       const bool hidden = kMasked && s.v[r][c] == minus_infinity();
       const float p = exp2_approximate(fmaf(s.v[r][c], factor_log2, -lse_log2[r]));
-      s.v[r][c] = hidden ? minus_infinity() : p;
+      s.v[r][c] = hidden ? -0.0f : p;
     }
   }
 }
 template <bool kMasked, int kRows, int kCols>
-__device__ __forceinline__ void probability_gradient(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
-                                                     const float (&delta)[kRows]) {
+__device__ __forceinline__ void gradients_of_rows(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
+                                                  const float (&delta)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      const bool hidden = kMasked && p.v[r][c] == minus_infinity();
+      const bool hidden = kMasked && bits_of(p.v[r][c]) == bits_of(-0.0f);
       dp.v[r][c] = hidden ? 0.0f : p.v[r][c] * (dp.v[r][c] - delta[r]);
     }
   }
 }
 
-// The same of a transposed fragment, whose columns are queries: their statistics lie in shared memory,
-// from `lse_log2` and `delta` on those of the thread's first column. Between the steps a masked score is kept as -0,
-// which no exponential gives.
+// The same of a transposed fragment, whose columns are queries: their statistics lie in shared memory, from `lse_log2`
+// and `delta` on those of the thread's first column.
 template <bool kMasked, int kRows, int kCols>
 __device__ __forceinline__ void probabilities_of_columns(Fragment<kRows, kCols>& s, float factor_log2,
                                                          uint32_t lse_log2) {

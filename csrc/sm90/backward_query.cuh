@@ -190,7 +190,8 @@ __device__ __forceinline__ void issue_query_gradient(Fragment<2, Shape::kHeadDim
 template <class Element, int kCols>
 __device__ __forceinline__ void store_query_gradient(const BackwardQueryArguments& a, const ForwardItem& item,
                                                      float scale, const Fragment<2, kCols>& dq) {
-  const Position<> at(item.first_row + (thread_index() / kWarpThreads - 4) * 16, 0);
+  const int warp = opaque(thread_index()) / kWarpThreads - 4;  // among those that compute; a register less in the loop
+  const Position<> at(item.first_row + warp * 16, 0);
   const int quad = lane_index() % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -313,9 +314,9 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     const bool masked = ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK);
     if (masked) {
       apply_rule(s);
-      recompute_probabilities<true>(s, factor, lse);
+      probabilities_of_rows<true>(s, factor, lse);
     } else {
-      recompute_probabilities<false>(s, factor, lse);
+      probabilities_of_rows<false>(s, factor, lse);
     }
 
     wgmma_wait<0>();
@@ -329,9 +330,9 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       rows_at.advance();
     }
     if (masked) {
-      probability_gradient<true>(s, dp, delta);
+      gradients_of_rows<true>(s, dp, delta);
     } else {
-      probability_gradient<false>(s, dp, delta);
+      gradients_of_rows<false>(s, dp, delta);
     }
 #pragma unroll
     for (int step = 0; step < Shape::kK / 16; ++step) {

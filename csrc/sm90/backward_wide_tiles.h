@@ -44,15 +44,28 @@ struct BackwardWideTile {
   static constexpr int kSharedBytes = kTileBytes + kProbabilityBytes + kStatisticBytes + kBarrierBytes;
 };
 
-// Steps of 32 rows with as many stages as there is room for. At d 256, TFLOP/s of the kernel's own products on an H200,
-// against 64 rows and 2 stages: 16k 562 (514), causal 558 (550); 4k 553 (512), causal 529 (513); 1k 506 (491), causal
-// 409 (405). General scores of 64 rows spill while they read a bias.
-template <int kHeadDim, int kValueDim, bool kGeneral>
-struct BackwardWideTiles {
-  static constexpr int kStages = kHeadDim == 256 ? 4 : kValueDim == 192 ? 6 : 8;
-  static constexpr int kCluster = 1;
-  static constexpr int kHeldSteps = 0;
-  using Tile = BackwardWideTile<kHeadDim, kValueDim, 32, kStages, kCluster, kHeldSteps>;
+// For each pair of head dim and value dim. Figures are TFLOP/s of the kernel's own four products on an H200, 16384
+// tokens x 2048 columns in all, against the next best tile tried. General scores of 64 rows spill while they read a
+// bias.
+template <int kHeadDim, int kValueDim>
+struct BackwardWideTiles;
+
+template <>
+struct BackwardWideTiles<192, 128> {
+  using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
+  using General = BackwardWideTile<192, 128, 32, 8>;
+};
+template <>
+struct BackwardWideTiles<192, 192> {
+  using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
+  using General = BackwardWideTile<192, 192, 32, 6>;
+};
+template <>
+struct BackwardWideTiles<256, 256> {
+  // 1k: 463 (no cluster, held 14: 449), 4k: 612 (598), 16k: 648 (629); causal 385 (371), 559 (563), 643 (640).
+  // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
+  using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
+  using General = BackwardWideTile<256, 256, 32, 4>;
 };
 
 // Calls f(Type<BackwardWideTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
@@ -60,9 +73,9 @@ struct BackwardWideTiles {
 template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
-    if (is_general(p.scores))
-      return f(Type<typename BackwardWideTiles<kHeadDim, value_dim.value, true>::Tile>{}, std::true_type{});
-    return f(Type<typename BackwardWideTiles<kHeadDim, value_dim.value, false>::Tile>{}, std::false_type{});
+    using Tiles = BackwardWideTiles<kHeadDim, value_dim.value>;
+    if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {
     if (p.shape.value_dim <= 128) return with_value_dim(std::integral_constant<int, 128>{});

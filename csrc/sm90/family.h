@@ -103,8 +103,8 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     });
   } else {
     with_backward_wide_tile<kHeadDim>(p, [&](auto tile, auto) {
-      using Tile = typename decltype(tile)::type;
-      of_keys(tile, Tile::kKeys, backward_wide_order(p, Tile::kClusterKeys));
+      constexpr int kKeys = decltype(tile)::type::kKeys;
+      of_keys(tile, kKeys, backward_wide_order(p, decltype(tile)::type::kClusterKeys));
     });
   }
   if (!has_query_kernel) return;

@@ -40,6 +40,11 @@ template <class Element, int kHeadDim>
 Status launch_backward_query(const Problem& p, const Gradients& g, uint32_t* counter, int multiprocessors,
                              cudaStream_t stream) {
   if (p.shape.batch == 0 || p.shape.heads == 0 || p.shape.q_len == 0) return Status::Ok();
+  const int64_t rows = int64_t(p.shape.q_len + kWarpgroupRows) * p.shape.heads * p.shape.batch;
+  if (rows / kWarpgroupRows > kMaxItems) {
+    return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
+                                 ", too many for the work items of family sm90; the nearest is sm80");
+  }
   return with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto general) {
     using Shape = typename decltype(tile)::type;
     return launch_backward_query_tile<Element, Shape, general.value>(p, g, counter, multiprocessors, stream);
