@@ -97,6 +97,8 @@ def _windows():
     causal = {"is_causal": True, "local_window_size": (20, 9)}
     yield Case("window-causal", 129, options=causal)
     yield Case("window-leaves-rows-empty", 129, 65, options={"local_window_size": 8})
+    nobody = {"local_window_size": (66, 19), "query_seq_lengths": (4, 5)}
+    yield Case("window-keys-nobody-sees", 5, 400, heads=4, kv_heads=1, options=nobody)
     bottom = {"local_window_size": (20, 3), "causal_alignment": "bottom_right"}
     yield Case("window-bottom-right-65x129", 65, 129, options=bottom)
     yield Case("window-bottom-right-129x65", 129, 65, options=bottom)

@@ -166,7 +166,7 @@ def test_order_of_threads_does_not_matter(dims):
         np.testing.assert_array_equal(runs[0]["value"], other["value"])
 
 
-KERNEL = "sm90/backward_wide.cuh"
+KERNEL, LOADER = "sm90/backward_wide.cuh", "sm90/backward_wide_load.cuh"
 # What to replace, and the case and its dims that must notice.
 MUTANTS = {
     "rows-given-back-early": (
@@ -203,5 +203,5 @@ def test_mutant_is_caught(mutant):
 
 
 def test_rows_that_are_not_cleaned_leak():
-    edit = ("sm90/backward_wide.cuh", "end_row >= min(row + Shape::kQ, shape.q_len)", "true")
+    edit = (LOADER, "end_row >= min(row + Shape::kQ, shape.q_len)", "true")
     assert not np.isfinite(run_poisoned(edits=(edit,))["key"]).all()

@@ -78,8 +78,9 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);
+  if (rows.empty()) rows = {0, 0};  // not one that ends before it begins: loops over its tiles must agree
   item.first_row = rows.begin / Shape::kQ * Shape::kQ;
-  item.q_tiles = rows.empty() ? 0 : ceil_div(rows.end - item.first_row, Shape::kQ);
+  item.q_tiles = ceil_div(rows.end - item.first_row, Shape::kQ);
   return item;
 }
 
