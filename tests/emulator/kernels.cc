@@ -1,6 +1,6 @@
 // The package's calls on the emulator: all of csrc but ffi.cc, with only the launch itself replaced.
 // One library holds one compiled head dim, JFA_HEAD_DIMS. With JFA_ONLY_FORWARD or JFA_ONLY_BACKWARD it holds nothing
-// but that pass of sm90.
+// but that pass of sm90; the gradient of a bias is one of the backward's.
 #define JFA_SM90
 
 // Launching on a GPU goes out of the way of launching here. The launchers find whichever jfa::launch comes first.
@@ -88,10 +88,6 @@ template <int kHeadDim>
 Status launch_backward(const Problem&, const Gradients&, cudaStream_t) {
   return left_out();
 }
-template <int kHeadDim>
-Status launch_bias(const Problem&, const Gradients& g, cudaStream_t) {
-  return g.d_bias.data == nullptr ? Status::Ok() : left_out();
-}
 }  // namespace sm80
 }  // namespace jfa
 #ifdef JFA_ONLY_FORWARD
@@ -100,7 +96,12 @@ template <int kHeadDim>
 jfa::Status jfa::sm90::launch_backward(const Problem&, const Gradients&, int, cudaStream_t) {
   return left_out();
 }
+template <int kHeadDim>
+jfa::Status jfa::sm80::launch_bias(const Problem&, const Gradients&, cudaStream_t) {
+  return left_out();
+}
 #else
+#include "sm80/launch_bias.cuh"
 #include "sm90/launch_backward.cuh"
 template <int kHeadDim>
 jfa::Status jfa::sm90::launch_forward(const Problem&, uint32_t*, int, cudaStream_t) {

@@ -45,23 +45,31 @@ class Results(dict):
     session = None
 
 
-# Mutants are many, are run a few times each, and are all of bfloat16 calls: others are refused.
-_ONLY_BFLOAT16 = ("dispatch.h", "if (type == ElementType::kHalf) return f(Type<__half>{});", "")
+# Mutants are many, and are run a few times each: one has the element type it is run with.
+_OTHER_TYPE = {
+    "float16": (
+        "dispatch.h",
+        "if (type == ElementType::kBfloat16) return f(Type<__nv_bfloat16>{});",
+        "",
+    ),
+    "bfloat16": ("dispatch.h", "if (type == ElementType::kHalf) return f(Type<__half>{});", ""),
+}
 
 
-def library(head_dim, edits=(), only=None):
+def library(head_dim, edits=(), only=None, dtype=None):
     """The kernels compiled for head dims up to one of HEAD_DIMS.
 
     Args:
       head_dim: the largest.
       edits: as of build().
-      only: "forward" or "backward": that pass of sm90 for bfloat16, not optimised. That compiles in
-        a fourth of the time.
+      only: "forward" or "backward": that pass of sm90 for dtype, not optimised. That compiles in a
+        fourth of the time.
+      dtype: "float16" or "bfloat16".
     """
     flags = (f"-DJFA_HEAD_DIMS={head_dim}",)
     if only is not None:
         flags += (f"-DJFA_ONLY_{only.upper()}", "-O0")
-        edits = (*edits, _ONLY_BFLOAT16)
+        edits = (*edits, _OTHER_TYPE[dtype])
     loaded = build("kernels.cc", *flags, edits=edits)
     loaded.call_bytes.restype = ctypes.c_uint64
     loaded.scratch_floats.restype = ctypes.c_int64
@@ -117,7 +125,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         call.mask = _scores(memory.input("mask", mask), mask)
 
     mutated = ("backward" if gradients else "forward") if edits and family == "sm90" else None
-    loaded = library(dim) if mutated == "backward" else library(dim, edits, mutated)
+    loaded = library(dim) if mutated == "backward" else library(dim, edits, mutated, dtype)
     with Device(loaded, **device) as memory:
         prepare(memory)
         # NaN cannot be a result: what is left alone fails the caller's comparison as well.
@@ -131,7 +139,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
     if not gradients:
         return results
 
-    loaded = library(dim, edits, mutated) if mutated else loaded
+    loaded = library(dim, edits, mutated, dtype) if mutated else loaded
     with Device(loaded, **device) as memory:
         prepare(memory)
         # What the forward wrote is an input now, as it is to the package's second call.

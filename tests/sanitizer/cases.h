@@ -97,9 +97,9 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
   add("one_key", [](Case& c) { c.shape.k_len = 1; });
 }
 
-// Every kind of tile of sm90/tiles.h: dense and long ones run where 132 multiprocessors have more than a tile each. Of
-// 130 or 100 rows the second block of a cluster has two or none. 140 items are more than an H200 has multiprocessors:
-// blocks take several, drawn from the counter or dealt out. Rows see few keys: the host computes it all too.
+// Every kind of tile of sm90/tiles.h; dense and long ones run where there are rows enough. Of 130 or 100 rows the
+// second block of a cluster has two or none. 132 heads and more are items for each multiprocessor of an H200 and
+// beyond: blocks take several, drawn from the counter or dealt out. Rows see few keys: the host computes it all too.
 inline void add_tiles(const Adder& adder) {
   const auto add = [&](const char* feature, const jfa::Shape& shape, const std::function<void(Case&)>& change) {
     adder(feature, shape, [&](Case& c) {
