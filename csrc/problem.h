@@ -73,7 +73,7 @@ struct Problem {
   Visibility visibility;
 };
 
-constexpr int kBackwardCounters = 4;
+constexpr int kBackwardCounters = 4;  // two are used; the clearing kernel writes 16 bytes at a time
 
 struct Gradients {
   Tensor d_o, dq, dk, dv;
@@ -81,11 +81,10 @@ struct Gradients {
   ScoreTensor d_bias;            // f32, the bias's own extents; absent: not wanted
   bool deterministic = false;
   // Scratch. The accumulator and the counters lie next to each other and are zeros when the first kernel has run.
-  float* dq_accumulator =
-      nullptr;                   // of dQ in f32, in whole tiles in an order of the family's own; unless deterministic
-  uint32_t* counters = nullptr;  // [kBackwardCounters] of work items
-  int64_t cleared_floats = 0;    // of both, a multiple of 4
-  float* delta = nullptr;        // [batch, heads, q_len]: rowsum(dO o) - dLSE
+  float* dq_accumulator = nullptr;  // unless deterministic: f32, whole tiles, in an order of the family's own
+  uint32_t* counters = nullptr;     // [kBackwardCounters] of work items
+  int64_t cleared_floats = 0;       // of both, a multiple of 4
+  float* delta = nullptr;           // [batch, heads, q_len]: rowsum(dO o) - dLSE
 };
 
 }  // namespace jfa

@@ -110,6 +110,7 @@ def test_order_of_threads_matters_to_dq_alone():
         )
         for seed in range(3)
     ]  # fmt: skip
+    assert runs[0]["key"].any()
     for other in runs[1:]:
         for name in ("key", "value"):
             np.testing.assert_array_equal(runs[0][name], other[name])

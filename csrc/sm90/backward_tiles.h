@@ -73,6 +73,7 @@ struct BackwardTiles<64> {
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
 template <int kHeadDim, class F>
 auto with_backward_tile(const Problem& p, F&& f) {
+  // Below, tiles of 64 and 128 leave less of a rest: d 128 at 512 tokens 380 against 361 of 80 queries.
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});

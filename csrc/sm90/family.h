@@ -64,7 +64,7 @@ inline std::string describe(const WorkOrder& order, bool drawn) {
                 : std::string("dealt out in turn"));
 }
 
-// Everything of a plan but what depends on the device.
+// Everything of a plan but its scratch and the reasons for the family.
 template <int kHeadDim>
 void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
   with_forward_tile<kHeadDim>(p, multiprocessors, [&](auto tile, auto) {

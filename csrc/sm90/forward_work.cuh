@@ -45,9 +45,9 @@ struct ForwardSmem {
   std::conditional_t<Shape::kStoreByTma, Outputs, Empty> o;
   alignas(8) uint64_t item_ready, q_full, q_free;  // q_free: also the item has been read
   uint64_t full[Shape::kSlots], free[Shape::kSlots];
-  uint64_t landed[Shape::kSlots];  // a tile of V that has to be cleaned before it is full; the other block of a cluster
-                                   // may already load the next such tile
-  uint64_t drawn_ready[kItems];    // in the second block of a cluster: the number that the first has drawn for both
+  // A tile of V that has to be cleaned before it is full. The other block of a cluster may already load the next one.
+  uint64_t landed[Shape::kSlots];
+  uint64_t drawn_ready[kItems];  // in the second block of a cluster: the number that the first has drawn for both
   uint32_t drawn[kItems];
   alignas(kItemBytes) unsigned char items[kItems][kItemBytes];
 };
