@@ -295,8 +295,9 @@ MUTANTS = {
         "dense-1000x1000"),
     "probabilities-packed-early": (
         "forward.cuh",
-        "wgmma_wait<0>();\n      release(v_slot);\n      pack_probabilities(s);",
-        "pack_probabilities(s);\n      wgmma_wait<0>();\n      release(v_slot);", "dense-127x129"),
+        "wgmma_wait<0>();\n      release(v_slot);\n      to_operand<Element>(p, s);",
+        "to_operand<Element>(p, s);\n      wgmma_wait<0>();\n      release(v_slot);",
+        "dense-127x129"),
     "no-proxy-fence": (
         "forward_store.cuh",
         "fence_async_shared();\n    warp_barrier();", "warp_barrier();", "dense-127x129"),

@@ -160,8 +160,9 @@ KERNEL, LOADER = "sm90/backward_wide.cuh", "sm90/backward_wide_load.cuh"
 MUTANTS = {
     "rows-given-back-early": (
         "dense-1000x1000", (192, 128),
-        (KERNEL, "wgmma_wait<0>();\n      release_second();\n      pack_operand(s);",
-         "release_second();\n      wgmma_wait<0>();\n      pack_operand(s);")),
+        (KERNEL,
+         "wgmma_wait<0>();\n      release_second();\n      to_operand<Element>(operand, s);",
+         "release_second();\n      wgmma_wait<0>();\n      to_operand<Element>(operand, s);")),
     "probabilities-overwritten": (
         "dense-1000x1000", (192, 128),
         (KERNEL, "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n", "")),

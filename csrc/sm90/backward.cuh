@@ -207,19 +207,6 @@ __device__ __forceinline__ void reduce_query_gradient(const QueryGradient<Shape>
   }
 }
 
-// The operand registers of a product that sums over the fragment's columns, rounded.
-template <class Element, int kCols>
-__device__ __forceinline__ void to_operand(uint32_t (&x)[kCols / 4][4], const Fragment<2, kCols>& s) {
-#pragma unroll
-  for (int step = 0; step < kCols / 4; ++step) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int c = 4 * step + n / 2 * 2;
-      x[step][n] = pack<Element>(s.v[n % 2][c], s.v[n % 2][c + 1]);
-    }
-  }
-}
-
 // Writes a warp's 16 finished rows of dK and dV; those past k_len are zero, not what 0 x NaN made of them.
 template <class Element, class Shape, bool kGeneral>
 __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, const BackwardItem& item,
@@ -305,7 +292,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       s.settle_all();  // or the compiler looks at the scores before their product has been waited for
       const bool masked = Rule::needs_mask(unmasked, i, i + Shape::kQ);
       if (masked) {
-        const BackwardItem now = load_backward_item(shared_address(&smem.items[taken % kBackwardItems]));
+        const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
         Rule(a.p.scores, now.batch, h)
             .apply_transposed(s, Position<>(first_key, i), Sequence(a.p.visibility, now.q_len, now.k_len));
         probabilities_of_columns<true>(s, factor_log2, statistics);
@@ -358,7 +345,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     dk.settle_all();
     dv.settle_all();
     store_key_gradients<Element, Shape, kGeneral>(
-        a, load_backward_item(shared_address(&smem.items[taken % kBackwardItems])), dk, dv);
+        a, load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems])), dk, dv);
   }
 }
 

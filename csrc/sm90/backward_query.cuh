@@ -249,14 +249,14 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
     mbarrier_wait(shared_address(&smem.item_ready[taken % kItems]), taken / kItems % 2);
-    const ForwardItem item = load_item(item_address(smem, taken++));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken++));
     if (item.first_row < 0) return false;
     j = broadcast(item.first_key);
     end = broadcast(item.first_key + item.key_tiles * Shape::kK);
     return true;
   };
   const auto begin_rows = [&] {
-    const ForwardItem item = load_item(item_address(smem, taken - 1));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
     const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
     unmasked = sequence.keys_of_all_rows(row, row + 16);
@@ -272,13 +272,13 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
   };
   const auto apply_rule = [&](Fragment<2, kScoreCols>& s) {
-    const ForwardItem item = load_item(item_address(smem, taken - 1));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
     rule.apply(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
                Sequence(a.p.visibility, item.q_len, item.k_len));
   };
   const auto store = [&](unsigned number) {
-    const ForwardItem item = load_item(item_address(smem, number));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));
     store_query_gradient<Element>(a, item, ScoreRule<kGeneral>(a.p.scores, item.batch, item.head).scale, dq);
   };
   const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
@@ -334,14 +334,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     } else {
       gradients_of_rows<false>(s, dp, delta);
     }
-#pragma unroll
-    for (int step = 0; step < Shape::kK / 16; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = 4 * step + i / 2 * 2;
-        ds[step][i] = pack<Element>(dp.v[i % 2][c], dp.v[i % 2][c + 1]);
-      }
-    }
+    to_operand<Element>(ds, dp);
     if (first) more = take_item();
   }
   await_turn();

@@ -73,7 +73,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
     mbarrier_wait(item_full + 8 * item_at.slot, item_at.parity);
-    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
     if (item.first_key < 0) return false;
     steps = broadcast(item.tiles * group);
     return true;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   // What the elements of the item that was taken last begin with.
   const auto begin_item = [&] {
     if constexpr (!kOfValues) return;
-    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
     unmasked = Sequence(a.p.visibility, item.q_len, item.k_len)
                    .rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
     row = item.first_row;
@@ -92,7 +92,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     if constexpr (!kOfValues) return;
     row += Shape::kQ;
     if (++tile * group < steps) return;
-    const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+    const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
     row = item.first_row;
     tile = 0;
     ++head;
@@ -188,7 +188,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     const uint32_t statistics = first.statistics + (first_at.slot * Shape::kQ + lane_index() % 4 * 2) * 4;
     if constexpr (kOfValues) {
       if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
-        const BackwardWideItem item = load_backward_wide_item(item_address(item_at.slot));
+        const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
         rule.apply_transposed(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
                               Sequence(a.p.visibility, item.q_len, item.k_len));
@@ -209,18 +209,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     tell_other(first.free + 8 * first_at.slot);
     first_at.advance();
   };
-  const auto pack_operand = [&](const Fragment<2, Shape::kQ / 4>& s) {
-#pragma unroll
-    for (int step = 0; step < Shape::kQ / 16; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = 4 * step + i / 2 * 2;
-        operand[step][i] = pack<Element>(s.v[i % 2][c], s.v[i % 2][c + 1]);
-      }
-    }
-  };
   const auto store = [&](int slot) {
-    const BackwardWideItem item = load_backward_wide_item(item_address(slot));
+    const BackwardWideItem item = load_item<BackwardWideItem>(item_address(slot));
     const jfa::Shape& shape = a.p.shape;
     if constexpr (kOfValues) {
       store_key_gradient<Element>(item, out, 1.0f, a.g.dv, shape.k_len, shape.value_dim);
@@ -240,7 +230,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     wgmma_wait<0>();
     if (steps == 1) release_resident();
     work_on_elements(s);
-    pack_operand(s);
+    to_operand<Element>(operand, s);
   }
 #pragma unroll 1
   while (more) {
@@ -256,7 +246,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       work_on_elements(s);
       wgmma_wait<0>();
       release_second();
-      pack_operand(s);
+      to_operand<Element>(operand, s);
     }
 
     const int done = item_at.slot;
@@ -279,7 +269,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       wgmma_wait<0>();
       if (steps == 1) release_resident();
       work_on_elements(s);
-      pack_operand(s);
+      to_operand<Element>(operand, s);
     }
   }
 }

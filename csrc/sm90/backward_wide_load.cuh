@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     } else {
       mbarrier_wait(item_full + 8 * item_at.slot, item_at.parity);
     }
-    const BackwardWideItem item = load_backward_wide_item(item_bytes);
+    const BackwardWideItem item = load_item<BackwardWideItem>(item_bytes);
     if constexpr (!kOfQueries) arrive_for_warp(item_free + 8 * item_at.slot);
     if (item.first_key < 0) break;
     bool first = true;

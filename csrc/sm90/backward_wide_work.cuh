@@ -72,19 +72,6 @@ struct BackwardWideStream {
         landed(shared_address(kOfQueries ? smem.q_landed : smem.d_o_landed)) {}
 };
 
-__device__ __forceinline__ void store_item(uint32_t to, const BackwardWideItem& item) {
-  const int words[] = {item.first_key, item.head,      item.batch,   item.q_len,
-                       item.k_len,     item.first_row, item.end_row, item.tiles};
-#pragma unroll
-  for (int i = 0; i < kBackwardWideItemWords; ++i) store_shared_32(to + 4 * i, words[i]);
-}
-__device__ __forceinline__ BackwardWideItem load_backward_wide_item(uint32_t from) {
-  int words[kBackwardWideItemWords];
-#pragma unroll
-  for (int i = 0; i < kBackwardWideItemWords; ++i) words[i] = load_shared_32(from + 4 * i);
-  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]};
-}
-
 // The item with that number, as block `rank` of a cluster works on it; none past the last.
 template <class Shape>
 __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number, int rank) {

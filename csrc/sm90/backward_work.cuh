@@ -46,23 +46,12 @@ struct BackwardSmem {
   BackwardItem items[kBackwardItems];
 };
 
-__device__ __forceinline__ void store_item(uint32_t to, const BackwardItem& item) {
-  const int words[] = {item.first_key, item.kv_head, item.batch, item.q_len, item.k_len, item.first_row, item.q_tiles};
-#pragma unroll
-  for (int n = 0; n < 7; ++n) store_shared_32(to + 4 * n, words[n]);
-}
-__device__ __forceinline__ BackwardItem load_backward_item(uint32_t from) {
-  int words[7];
-#pragma unroll
-  for (int n = 0; n < 7; ++n) words[n] = load_shared_32(from + 4 * n);
-  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6]};
-}
 // The item with that count, when it has been published.
 template <class Shape>
 __device__ __forceinline__ BackwardItem wait_for_item(const BackwardSmem<Shape>& smem, unsigned count) {
   const unsigned slot = count % kBackwardItems;
   mbarrier_wait(shared_address(&smem.item_ready[slot]), count / kBackwardItems % 2);
-  return load_backward_item(shared_address(&smem.items[slot]));
+  return load_item<BackwardItem>(shared_address(&smem.items[slot]));
 }
 
 // The item with that number: sections of heads, in each of them the first key tiles of all heads first. `rows` are the

@@ -215,7 +215,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
     mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
-    const ForwardItem item = load_item(item_address(smem, taken));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) return false;
     j = broadcast(item.first_key);
     end = broadcast(item.first_key + item.key_tiles * Shape::kK);
@@ -223,7 +223,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   // What the softmax of the item that was taken last begins with.
   const auto begin_rows = [&] {
-    const ForwardItem item = load_item(item_address(smem, taken - 1));
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
     unmasked = Sequence(a.p.visibility, item.q_len, item.k_len).keys_of_all_rows(row, row + 16);
     if (kGeneral && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
@@ -272,7 +272,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   // What general scores want from memory for the current tile of keys, of the item that was taken last.
   const auto load_ahead = [&] {
     if constexpr (kGeneral) {
-      const ForwardItem item = load_item(item_address(smem, taken - 1));
+      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
       rule.load_ahead(ahead, Position<>(item.first_row + (warp_index() - 4) * 16, j),
                       Sequence(a.p.visibility, item.q_len, item.k_len), false);
@@ -282,7 +282,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, float (&correction)[2]) {
     s.settle_all();  // or the compiler looks at the scores before their product has been waited for, and serialises it
     if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
-      const ForwardItem item = load_item(item_address(smem, taken - 1));
+      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
       const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
       const int row = item.first_row + (warp_index() - 4) * 16;
@@ -293,17 +293,6 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     }
     return softmax.update(s, correction);
   };
-  const auto pack_probabilities = [&](const Fragment<2, kScoreCols>& s) {
-#pragma unroll
-    for (int step = 0; step < Shape::kK / 16; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int c = 4 * step + i / 2 * 2;
-        p[step][i] = pack<Element>(s.v[i % 2][c], s.v[i % 2][c + 1]);
-      }
-    }
-  };
-
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
   if (more) {
@@ -318,7 +307,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     release_query();
     begin_rows();
     to_probabilities(s, correction);
-    pack_probabilities(s);
+    to_operand<Element>(p, s);
   }
 #pragma unroll 1
   while (more) {
@@ -340,7 +329,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const bool moved = to_probabilities(s, correction);
       wgmma_wait<0>();
       release(v_slot);
-      pack_probabilities(s);
+      to_operand<Element>(p, s);
       if (moved) {
         o.scale_row(0, correction[0]);
         o.scale_row(1, correction[1]);
@@ -357,7 +346,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       pass_turn();
       wgmma_wait<0>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item(done), softmax, o);
+      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
     } else {
       Fragment<2, kScoreCols> s;
       float correction[2];
@@ -369,13 +358,13 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       load_ahead();
       wgmma_wait<1>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item(done), softmax, o);
+      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
       wgmma_wait<0>();
       release(k_slot);
       release_query();
       begin_rows();
       to_probabilities(s, correction);
-      pack_probabilities(s);
+      to_operand<Element>(p, s);
     }
   }
   if (Shape::kStoreByTma && elect_one()) tma_store_wait();

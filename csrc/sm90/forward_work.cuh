@@ -52,17 +52,6 @@ struct ForwardSmem {
   alignas(kItemBytes) unsigned char items[kItems][kItemBytes];
 };
 
-__device__ __forceinline__ void store_item(uint32_t to, const ForwardItem& item) {
-  const int words[] = {item.first_row, item.head, item.batch, item.q_len, item.k_len, item.first_key, item.key_tiles};
-#pragma unroll
-  for (int i = 0; i < 7; ++i) store_shared_32(to + 4 * i, words[i]);
-}
-__device__ __forceinline__ ForwardItem load_item(uint32_t from) {
-  int words[7];
-#pragma unroll
-  for (int i = 0; i < 7; ++i) words[i] = load_shared_32(from + 4 * i);
-  return {words[0], words[1], words[2], words[3], words[4], words[5], words[6]};
-}
 template <class Smem>
 __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned count) {
   return shared_address(smem.items) + count % kItems * kItemBytes;

@@ -1,6 +1,8 @@
 // The ring of places in shared memory between those who load and those who compute.
 #pragma once
 
+#include "common/fragment.cuh"
+#include "common/math.cuh"
 #include "sm90/ptx.cuh"
 
 namespace jfa::sm90 {
@@ -21,6 +23,35 @@ struct RingPosition {
     }
   }
 };
+
+// Items of work, structs of ints, on their way through shared memory from the warp that numbers them.
+template <class Item>
+__device__ __forceinline__ void store_item(uint32_t to, const Item& item) {
+  const int* words = reinterpret_cast<const int*>(&item);
+#pragma unroll
+  for (int n = 0; n < int(sizeof(Item) / 4); ++n) store_shared_32(to + 4 * n, words[n]);
+}
+template <class Item>
+__device__ __forceinline__ Item load_item(uint32_t from) {
+  Item item;
+  int* words = reinterpret_cast<int*>(&item);
+#pragma unroll
+  for (int n = 0; n < int(sizeof(Item) / 4); ++n) words[n] = load_shared_32(from + 4 * n);
+  return item;
+}
+
+// The operand registers of a product that sums over the fragment's columns, rounded.
+template <class Element, int kCols>
+__device__ __forceinline__ void to_operand(uint32_t (&x)[kCols / 4][4], const Fragment<2, kCols>& s) {
+#pragma unroll
+  for (int step = 0; step < kCols / 4; ++step) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int c = 4 * step + n / 2 * 2;
+      x[step][n] = pack<Element>(s.v[n % 2][c], s.v[n % 2][c + 1]);
+    }
+  }
+}
 
 // One of many arrivals for a warp: what its lanes read before is read.
 __device__ __forceinline__ void arrive_for_warp(uint32_t mbarrier) {
