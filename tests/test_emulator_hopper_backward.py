@@ -126,8 +126,8 @@ MUTANTS = {
         "mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);", "", "gqa-6-3-causal"),
     "stage-released-early": (
         "backward.cuh",
-        "wgmma_wait<0>();\n      arrive_for_warp(shared_address(&smem.stage_free[slot]));",
-        "arrive_for_warp(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
+        "wgmma_wait<0>();\n      arrive_for_lane(shared_address(&smem.stage_free[slot]));",
+        "arrive_for_lane(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
         "dense-1000x1000"),
     "ds-not-fenced": (
         "backward.cuh", "fence_async_shared();\n      issue", "issue", "dense-127x129"),

@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
           store_shared_f32(shared_address(&smem.rows[at.slot].lse_log2[row]), lse_in_log2_units(lse[n]));
           store_shared_f32(shared_address(&smem.rows[at.slot].delta[row]), delta[n]);
         }
-        arrive_for_warp(shared_address(&smem.q_full[at.slot]));
+        arrive_for_lane(shared_address(&smem.q_full[at.slot]));
         at.advance();
       }
     }
@@ -331,7 +331,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
       }
       wgmma_wait<0>();
-      arrive_for_warp(shared_address(&smem.stage_free[slot]));  // its statistics were read by every warp
+      arrive_for_lane(shared_address(&smem.stage_free[slot]));  // its statistics were read by every lane
       at.advance();
       if (Shape::kShare == QueryShare::kTurns && ++turn == Shape::kWarpgroups) turn = 0;
       i += Shape::kQ;
@@ -358,8 +358,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
     mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * 4 + 1);  // and the warp that reads statistics
     mbarrier_init(shared_address(&smem.landed), 1);
     for (int n = 0; n < Shape::kStages; ++n) {
-      mbarrier_init(shared_address(&smem.q_full[n]), 2);  // Q and the statistics
-      mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * 4);
+      mbarrier_init(shared_address(&smem.q_full[n]), 1 + kWarpThreads);  // Q and the statistics
+      mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * kWarpgroupThreads);
       mbarrier_init(shared_address(&smem.d_o_full[n]), 1);
     }
     mbarrier_init_fence();

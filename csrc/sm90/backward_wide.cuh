@@ -166,7 +166,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       const int c = n / 2 * 4;
       store_shared_f32x4(to + n * kWarpgroupThreads * 16, float4{x[c], x[c + 1], x[c + 2], x[c + 3]});
     }
-    arrive_for_warp(p_full + 8 * p_at.slot);
+    arrive_for_lane(p_full + 8 * p_at.slot);
     p_at.advance();
   };
   const auto take = [&](Fragment<2, Shape::kQ / 4>& p) {
@@ -202,10 +202,10 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       Fragment<2, Shape::kQ / 4> p;
       take(p);
       gradients_of_columns<true>(p, s, statistics);
-      arrive_for_warp(p_free + 8 * p_at.slot);
+      arrive_for_lane(p_free + 8 * p_at.slot);
       p_at.advance();
     }
-    arrive_for_warp(first.free + 8 * first_at.slot);
+    arrive_for_lane(first.free + 8 * first_at.slot);
     tell_other(first.free + 8 * first_at.slot);
     first_at.advance();
   };
@@ -290,17 +290,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
     mbarrier_init(shared_address(&smem.k_free), 4);
     mbarrier_init(shared_address(&smem.v_free), 4);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
-      mbarrier_init(shared_address(&smem.q_full[stage]), 1);
-      mbarrier_init(shared_address(&smem.d_o_full[stage]), 1);
+      mbarrier_init(shared_address(&smem.q_full[stage]), 1 + kWarpThreads);  // the rows and their statistics
+      mbarrier_init(shared_address(&smem.d_o_full[stage]), 1 + kWarpThreads);
       mbarrier_init(shared_address(&smem.q_landed[stage]), 1);
       mbarrier_init(shared_address(&smem.d_o_landed[stage]), 1);
-      // Each warp that reads the statistics, and the warpgroup that accumulates; of the other block the warpgroups.
-      mbarrier_init(shared_address(&smem.q_free[stage]), Shape::kCluster > 1 ? 7 : 5);
-      mbarrier_init(shared_address(&smem.d_o_free[stage]), Shape::kCluster > 1 ? 7 : 5);
+      // Each lane that reads the statistics, and the warpgroup that accumulates; of the other block the warpgroups.
+      mbarrier_init(shared_address(&smem.q_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1));
+      mbarrier_init(shared_address(&smem.d_o_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1));
     }
     for (int place = 0; place < Shape::kPlaces; ++place) {
-      mbarrier_init(shared_address(&smem.p_full[place]), 4);
-      mbarrier_init(shared_address(&smem.p_free[place]), 4);
+      mbarrier_init(shared_address(&smem.p_full[place]), kWarpgroupThreads);
+      mbarrier_init(shared_address(&smem.p_free[place]), kWarpgroupThreads);
     }
     mbarrier_init_fence();
   }

@@ -43,9 +43,9 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       store_shared_f32(stream.statistics + (at.slot * Shape::kQ + lane_index() + n * kWarpThreads) * 4,
                        kOfQueries ? lse_in_log2_units(statistics[n]) : statistics[n]);
     }
-    warp_barrier();
     const bool whole = end_row >= min(row + Shape::kQ, shape.q_len);
     const uint32_t full = stream.full + 8 * at.slot, landed = stream.landed + 8 * at.slot;
+    arrive_for_lane(full);  // the statistics
     const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
     if (elect_one()) {
       const uint32_t mbarrier = whole ? full : landed;
