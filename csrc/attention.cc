@@ -24,9 +24,24 @@ int64_t cleared_floats(const Problem& p, const Gradients& g) {
 }
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 
+// What only the reference has so far.
+std::string unbuilt(const Problem& p) {
+  if (p.scores.soft_cap != 0.0f) return "logits_soft_cap";
+  if (p.scores.alibi_slopes.data != nullptr) return "alibi_slopes";
+  if (p.scores.sinks.data != nullptr) return "sinks";
+  if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
+  if (p.visibility.sink_tokens > 0) return "num_sink_tokens";
+  if (p.visibility.q_segments != nullptr) return "query_segment_ids";
+  if (p.visibility.spans != nullptr) return "prefix_lengths and bidirectional_spans";
+  if (p.visibility.cu_q != nullptr) return "packed sequences";
+  return "";
+}
+
 // Checks what every family relies on, and calls f with the compiled head dim.
 template <class F>
 Status choose(const Problem& p, F&& f) {
+  if (const std::string name = unbuilt(p); !name.empty())
+    return Status::Unimplemented("no kernel has " + name + " yet");
   if (p.shape.q_len > kMaxSequence || p.shape.k_len > kMaxSequence) {
     return Status::Unimplemented("a sequence of " + std::to_string(std::max(p.shape.q_len, p.shape.k_len)) +
                                  " is longer than " + std::to_string(kMaxSequence));

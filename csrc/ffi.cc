@@ -54,12 +54,18 @@ class CurrentDevice {
 
 ffi::Error run_forward(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                        ffi::AnyBuffer bias, ffi::AnyBuffer mask, ffi::AnyBuffer scale_operand, ffi::AnyBuffer q_lengths,
-                       ffi::AnyBuffer k_lengths, ffi::Result<ffi::AnyBuffer> o, ffi::Result<ffi::AnyBuffer> lse,
-                       ffi::Result<ffi::AnyBuffer> scratch, float scale, int32_t window_left, int32_t window_right,
-                       bool bottom_right, std::string_view family) {
+                       ffi::AnyBuffer k_lengths, ffi::AnyBuffer alibi_slopes, ffi::AnyBuffer sinks,
+                       ffi::AnyBuffer dropout_seeds, ffi::AnyBuffer q_segments, ffi::AnyBuffer k_segments,
+                       ffi::AnyBuffer spans, ffi::AnyBuffer cu_q, ffi::AnyBuffer cu_k, ffi::Result<ffi::AnyBuffer> o,
+                       ffi::Result<ffi::AnyBuffer> lse, ffi::Result<ffi::AnyBuffer> scratch, float scale,
+                       int32_t window_left, int32_t window_right, bool bottom_right, float soft_cap,
+                       int32_t num_sink_tokens, int32_t dropout_steps, std::string_view family) {
   Reader reader;
-  const Problem p = read_problem(reader, {q, k, v, bias, mask, scale_operand, q_lengths, k_lengths}, *o, *lse,
-                                 {scale, window_left, window_right, bottom_right, family});
+  const Problem p = read_problem(
+      reader,
+      {q, k, v, bias, mask, scale_operand, q_lengths, k_lengths, alibi_slopes, sinks, dropout_seeds, q_segments,
+       k_segments, spans, cu_q, cu_k},
+      *o, *lse, {scale, window_left, window_right, bottom_right, soft_cap, num_sink_tokens, dropout_steps, family});
   if (!reader.status.ok()) return to_ffi(reader.status);
   const int64_t scratch_floats = static_cast<int64_t>(scratch->element_count());
   float* scratch_data = static_cast<float*>(reader.data("scratch", *scratch, ffi::F32, {scratch_floats}));
@@ -70,15 +76,20 @@ ffi::Error run_forward(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ff
 
 ffi::Error run_backward(cudaStream_t stream, int32_t device, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                         ffi::AnyBuffer bias, ffi::AnyBuffer mask, ffi::AnyBuffer scale_operand,
-                        ffi::AnyBuffer q_lengths, ffi::AnyBuffer k_lengths, ffi::AnyBuffer o, ffi::AnyBuffer lse,
-                        ffi::AnyBuffer d_o, ffi::AnyBuffer d_lse, ffi::Result<ffi::AnyBuffer> dq,
-                        ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
+                        ffi::AnyBuffer q_lengths, ffi::AnyBuffer k_lengths, ffi::AnyBuffer alibi_slopes,
+                        ffi::AnyBuffer sinks, ffi::AnyBuffer dropout_seeds, ffi::AnyBuffer q_segments,
+                        ffi::AnyBuffer k_segments, ffi::AnyBuffer spans, ffi::AnyBuffer cu_q, ffi::AnyBuffer cu_k,
+                        ffi::AnyBuffer o, ffi::AnyBuffer lse, ffi::AnyBuffer d_o, ffi::AnyBuffer d_lse,
+                        ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv,
                         ffi::Result<ffi::AnyBuffer> d_bias, ffi::Result<ffi::AnyBuffer> scratch, float scale,
-                        int32_t window_left, int32_t window_right, bool bottom_right, std::string_view family,
-                        bool deterministic) {
+                        int32_t window_left, int32_t window_right, bool bottom_right, float soft_cap,
+                        int32_t num_sink_tokens, int32_t dropout_steps, std::string_view family, bool deterministic) {
   Reader reader;
-  const Problem p = read_problem(reader, {q, k, v, bias, mask, scale_operand, q_lengths, k_lengths}, o, lse,
-                                 {scale, window_left, window_right, bottom_right, family});
+  const Problem p = read_problem(
+      reader,
+      {q, k, v, bias, mask, scale_operand, q_lengths, k_lengths, alibi_slopes, sinks, dropout_seeds, q_segments,
+       k_segments, spans, cu_q, cu_k},
+      o, lse, {scale, window_left, window_right, bottom_right, soft_cap, num_sink_tokens, dropout_steps, family});
   if (!reader.status.ok()) return to_ffi(reader.status);
   Gradients g;
   const ffi::DataType type = q.element_type();
@@ -114,7 +125,15 @@ auto forward_binding() {
       .Arg<ffi::AnyBuffer>()   // mask
       .Arg<ffi::AnyBuffer>()   // scale [1] or [B]
       .Arg<ffi::AnyBuffer>()   // query lengths [B]
-      .Arg<ffi::AnyBuffer>();  // key lengths [B]
+      .Arg<ffi::AnyBuffer>()   // key lengths [B]
+      .Arg<ffi::AnyBuffer>()   // ALiBi slopes [B or 1,N]
+      .Arg<ffi::AnyBuffer>()   // sinks [B or 1,N]
+      .Arg<ffi::AnyBuffer>()   // dropout seeds [B,N,2]
+      .Arg<ffi::AnyBuffer>()   // query segment ids [B,T]
+      .Arg<ffi::AnyBuffer>()   // key segment ids [B,S]
+      .Arg<ffi::AnyBuffer>()   // spans [B,R,2]
+      .Arg<ffi::AnyBuffer>()   // where packed sequences of queries begin [B,n+1]
+      .Arg<ffi::AnyBuffer>();  // and of keys
 }
 
 XLA_FFI_DEFINE_HANDLER(kForward, run_forward,
@@ -126,6 +145,9 @@ XLA_FFI_DEFINE_HANDLER(kForward, run_forward,
                            .Attr<int32_t>("window_left")
                            .Attr<int32_t>("window_right")
                            .Attr<bool>("bottom_right")
+                           .Attr<float>("soft_cap")
+                           .Attr<int32_t>("num_sink_tokens")
+                           .Attr<int32_t>("dropout_steps")
                            .Attr<std::string_view>("family"),
                        {ffi::Traits::kCmdBufferCompatible});
 
@@ -144,6 +166,9 @@ XLA_FFI_DEFINE_HANDLER(kBackward, run_backward,
                            .Attr<int32_t>("window_left")
                            .Attr<int32_t>("window_right")
                            .Attr<bool>("bottom_right")
+                           .Attr<float>("soft_cap")
+                           .Attr<int32_t>("num_sink_tokens")
+                           .Attr<int32_t>("dropout_steps")
                            .Attr<std::string_view>("family")
                            .Attr<bool>("deterministic"),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -151,8 +176,10 @@ XLA_FFI_DEFINE_HANDLER(kBackward, run_backward,
 nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
 nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int kv_heads, int head_dim, int value_dim,
-              bool bf16, bool general, bool has_lengths, int window_left, int window_right, bool bias_gradient,
-              bool deterministic, const std::string& family, int compute_capability, int64_t shared_memory_bytes) {
+              bool bf16, bool general, bool has_lengths, bool soft_cap, int num_sink_tokens, bool alibi_slopes,
+              bool sinks, bool dropout_seeds, bool query_segment_ids, bool spans, bool cu_seqlens_q, int window_left,
+              int window_right, bool bias_gradient, bool deterministic, const std::string& family,
+              int compute_capability, int64_t shared_memory_bytes) {
   Problem p;
   p.shape = {batch, q_len, k_len, heads, kv_heads, head_dim, value_dim};
   p.type = bf16 ? ElementType::kBfloat16 : ElementType::kHalf;
@@ -161,8 +188,17 @@ nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int 
   Gradients g;
   float present = 0.0f;
   const int length = 0;
+  const uint32_t seed = 0;
   if (general) p.scores.mask.data = &present;
   if (has_lengths) p.visibility.k_lengths = &length;
+  if (soft_cap) p.scores.soft_cap = 1.0f;
+  if (alibi_slopes) p.scores.alibi_slopes.data = &present;
+  if (sinks) p.scores.sinks.data = &present;
+  if (dropout_seeds) p.scores.dropout.seeds = &seed;
+  p.visibility.sink_tokens = num_sink_tokens;
+  if (query_segment_ids) p.visibility.q_segments = p.visibility.k_segments = &length;
+  if (spans) p.visibility.spans = &length;
+  if (cu_seqlens_q) p.visibility.cu_q = p.visibility.cu_k = &length;
   if (bias_gradient) g.d_bias.data = &present;
   g.deterministic = deterministic;
   Device device;
@@ -212,7 +248,9 @@ NB_MODULE(_ext, m) {
   m.def("build_info", &build_info);
   m.def("plan", &plan, nb::arg("backward"), nb::arg("batch"), nb::arg("q_len"), nb::arg("k_len"), nb::arg("heads"),
         nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("bf16"), nb::arg("general"),
-        nb::arg("has_lengths"), nb::arg("window_left"), nb::arg("window_right"), nb::arg("bias_gradient"),
+        nb::arg("has_lengths"), nb::arg("soft_cap"), nb::arg("num_sink_tokens"), nb::arg("alibi_slopes"),
+        nb::arg("sinks"), nb::arg("dropout_seeds"), nb::arg("query_segment_ids"), nb::arg("spans"),
+        nb::arg("cu_seqlens_q"), nb::arg("window_left"), nb::arg("window_right"), nb::arg("bias_gradient"),
         nb::arg("deterministic"), nb::arg("family"), nb::arg("compute_capability"), nb::arg("shared_memory_bytes"));
 }
 

@@ -89,6 +89,22 @@ class Reader {
     return static_cast<const int*>(data(name, x, ffi::S32, {batch}));
   }
 
+  // float32 [batch or 1, heads]
+  HeadNumbers head_numbers(const char* name, const ffi::AnyBuffer& x, const Shape& shape) {
+    HeadNumbers numbers;
+    if (absent(x)) return numbers;
+    const int64_t batch = dims(x).front() == 1 ? 1 : shape.batch;
+    numbers.data = static_cast<const float*>(data(name, x, ffi::F32, {batch, shape.heads}));
+    numbers.batch_stride = batch > 1 ? shape.heads : 0;
+    return numbers;
+  }
+
+  // int32 [batch, length]
+  const int* per_token(const char* name, const ffi::AnyBuffer& x, int batch, int64_t length) {
+    if (absent(x)) return nullptr;
+    return static_cast<const int*>(data(name, x, ffi::S32, {batch, length}));
+  }
+
   int extent(const char* what, int64_t value) {
     expect(value <= kUnbounded, std::string(what) + " is " + std::to_string(value) + ", more than 2147483647");
     return static_cast<int>(value);
@@ -99,11 +115,14 @@ struct Attributes {
   float scale;
   int32_t window_left, window_right;
   bool bottom_right;
+  float soft_cap;
+  int32_t num_sink_tokens, dropout_steps;
   std::string_view family;
 };
 
 struct Operands {
   ffi::AnyBuffer q, k, v, bias, mask, scale, q_lengths, k_lengths;
+  ffi::AnyBuffer alibi_slopes, sinks, dropout_seeds, q_segments, k_segments, spans, cu_q, cu_k;
 };
 
 inline Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBuffer& o, const ffi::AnyBuffer& lse,
@@ -151,6 +170,38 @@ inline Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBu
   p.visibility.bottom_right = attributes.bottom_right;
   p.visibility.q_lengths = reader.lengths("query_seq_lengths", in.q_lengths, shape.batch);
   p.visibility.k_lengths = reader.lengths("key_value_seq_lengths", in.k_lengths, shape.batch);
+
+  reader.expect(attributes.soft_cap >= 0, "a soft cap must not be negative");
+  p.scores.soft_cap = attributes.soft_cap;
+  p.scores.alibi_slopes = reader.head_numbers("alibi_slopes", in.alibi_slopes, shape);
+  p.scores.sinks = reader.head_numbers("sinks", in.sinks, shape);
+  if (!Reader::absent(in.dropout_seeds)) {
+    reader.expect(attributes.dropout_steps > 0 && attributes.dropout_steps < 1 << 16, "dropout must be below 2^16");
+    p.scores.dropout.steps = static_cast<uint32_t>(attributes.dropout_steps);
+    p.scores.dropout.seeds = static_cast<const uint32_t*>(
+        reader.data("dropout_seeds", in.dropout_seeds, ffi::U32, {shape.batch, shape.heads, 2}));
+  }
+  reader.expect(attributes.num_sink_tokens >= 0, "num_sink_tokens must not be negative");
+  p.visibility.sink_tokens = attributes.num_sink_tokens;
+  p.visibility.q_segments = reader.per_token("query_segment_ids", in.q_segments, shape.batch, shape.q_len);
+  p.visibility.k_segments = reader.per_token("key_value_segment_ids", in.k_segments, shape.batch, shape.k_len);
+  reader.expect((p.visibility.q_segments == nullptr) == (p.visibility.k_segments == nullptr),
+                "query_segment_ids and key_value_segment_ids must be given together");
+  if (!Reader::absent(in.spans)) {
+    const Dims spans = Reader::dims(in.spans);
+    const int64_t count = spans.size() == 3 ? spans[1] : 0;
+    p.visibility.span_count = reader.extent("spans", count);
+    p.visibility.spans = static_cast<const int*>(reader.data("spans", in.spans, ffi::S32, {shape.batch, count, 2}));
+  }
+  if (!Reader::absent(in.cu_q)) {
+    const Dims cu = Reader::dims(in.cu_q);
+    const int64_t count = cu.size() == 2 ? cu[1] : 0;
+    reader.expect(count >= 1, "cu_seqlens_q must be [batch, sequences + 1]");
+    p.visibility.sequences = reader.extent("sequences", count) - 1;
+    p.visibility.cu_q = reader.per_token("cu_seqlens_q", in.cu_q, shape.batch, count);
+    p.visibility.cu_k = reader.per_token("cu_seqlens_k", in.cu_k, shape.batch, count);
+    reader.expect(p.visibility.cu_k != nullptr, "cu_seqlens_q and cu_seqlens_k must be given together");
+  }
   return p;
 }
 

@@ -37,18 +37,37 @@ struct Shape {
   int value_dim = 0;  // of v and o
 };
 
-// Which scores exist and what is done to them: s = scale q.k + bias where visible, -inf elsewhere.
+// One number for each head, [batch or 1, heads]. data == nullptr: absent.
+struct HeadNumbers {
+  const float* data = nullptr;
+  int batch_stride = 0;
+};
+
+// Which probabilities are dropped: see common/dropout.cuh.
+struct Dropout {
+  const uint32_t* seeds = nullptr;  // [batch, heads, 2]; absent: none
+  uint32_t steps = 0;               // the rate in units of 2^-16
+};
+
+// What is done to scores: s = cap(scale q.k) + bias - slope |i - j| where visible, -inf elsewhere, with
+// cap(x) = soft_cap tanh(x / soft_cap); and to probabilities.
 struct Scores {
   float scale = 1.0f;
   const float* device_scale = nullptr;  // [1] or [batch]; stands for `scale` when present
   int device_scale_stride = 0;
+  float soft_cap = 0.0f;  // 0: none
   ScoreTensor bias;
-  ScoreTensor mask;  // bool, true: visible
+  HeadNumbers alibi_slopes;  // i and j aligned as in Visibility
+  ScoreTensor mask;          // bool, true: visible
+  HeadNumbers sinks;         // a score of each row that has no key and no value
+  Dropout dropout;
 };
 
 // Whether scores are anything but q.k times a number known on the host: the kernels' one compile-time distinction.
+// Sinks do not count: they enter when a row is finished.
 inline bool is_general(const Scores& scores) {
-  return scores.device_scale != nullptr || scores.bias.data != nullptr || scores.mask.data != nullptr;
+  return scores.device_scale != nullptr || scores.bias.data != nullptr || scores.mask.data != nullptr ||
+         scores.soft_cap != 0.0f || scores.alibi_slopes.data != nullptr || scores.dropout.seeds != nullptr;
 }
 
 constexpr int kUnbounded = 0x7fffffff;
@@ -62,6 +81,17 @@ struct Visibility {
   bool bottom_right = false;
   const int* q_lengths = nullptr;  // [batch], clamped to [0, q_len]; absent: q_len
   const int* k_lengths = nullptr;
+  int sink_tokens = 0;  // the first keys, which window_left does not hide
+  // Rows and keys with different ids do not see each other: [batch, q_len], [batch, k_len]; absent: all do.
+  const int* q_segments = nullptr;
+  const int* k_segments = nullptr;
+  // [batch, span_count, 2]: positions [begin, end) that see each other whatever the window says.
+  const int* spans = nullptr;
+  int span_count = 0;
+  // Sequences packed into one: rows of one are [cu_q[n], cu_q[n + 1]), both [batch, sequences + 1]; absent: one.
+  const int* cu_q = nullptr;
+  const int* cu_k = nullptr;
+  int sequences = 0;
 };
 
 struct Problem {

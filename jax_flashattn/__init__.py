@@ -4,5 +4,7 @@ from jax_flashattn._api import Explanation as Explanation
 from jax_flashattn._api import attention as attention
 from jax_flashattn._api import explain as explain
 from jax_flashattn._api import export_disabled_checks as export_disabled_checks
+from jax_flashattn._api import lse_without_sinks as lse_without_sinks
+from jax_flashattn._api import varlen_attention as varlen_attention
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """vmap: the mapped axis is folded into the batch, lane by lane, so that B becomes lanes * B.
 
-A bias or mask with batch extent 1 that all lanes share goes on being shared, and so does a scale.
+A bias or mask with batch extent 1 that all lanes share goes on being shared, and so do a scale,
+slopes and sinks.
 The exception is the backward where dbias is wanted: every lane has a dbias of its own.
 """
 
@@ -35,7 +36,7 @@ def rule(primitive, args, axes, *, structure, options: Options):
 def fold_operands(operands: Operands, lanes: int, *, own_bias: bool) -> Operands:
     """Operands [lanes|1, B|1, ...] with the batch lanes * B; own_bias: one bias for each lane."""
     batch = operands.query.shape[1]
-    shareable = {"mask", "scale"} if own_bias else {"bias", "mask", "scale"}
+    shareable = {"mask", "scale", "alibi_slopes", "sinks"} | (set() if own_bias else {"bias"})
 
     def one(name: str, x):
         if x is None or (name in shareable and x.shape[:2] == (1, 1)):

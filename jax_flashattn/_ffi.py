@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jax_flashattn._options import MAX_INT32, Operands, Options
+from jax_flashattn._checks import MAX_INT32
+from jax_flashattn._options import Operands, Options
 
 FORWARD_TARGET = "jax_flashattn_fwd_v1"
 BACKWARD_TARGET = "jax_flashattn_bwd_v1"
@@ -87,6 +88,9 @@ def check_ffi_version(built: tuple, runtime: tuple) -> None:
 
 extension: Any = load()
 
+# Operands of which a plan asks no more than whether they are there.
+PRESENCE = ("alibi_slopes", "sinks", "dropout_seeds", "query_segment_ids", "spans", "cu_seqlens_q")
+
 
 def plan(
     operands: Operands,
@@ -128,6 +132,9 @@ def plan(
             bf16=str(query.dtype) == "bfloat16",
             general=any(x is not None for x in (operands.bias, operands.mask, operands.scale)),
             has_lengths=operands[6:8] != (None, None),
+            soft_cap=options.soft_cap is not None,
+            num_sink_tokens=options.num_sink_tokens,
+            **{name: getattr(operands, name) is not None for name in PRESENCE},
             window_left=bound(options.window_left),
             window_right=bound(options.window_right),
             bias_gradient=options.bias_gradient,
@@ -152,6 +159,9 @@ def attributes(options: Options, *, backward: bool) -> dict:
         window_left=np.int32(bound(options.window_left)),
         window_right=np.int32(bound(options.window_right)),
         bottom_right=np.bool_(options.bottom_right),
+        soft_cap=np.float32(options.soft_cap or 0.0),
+        num_sink_tokens=np.int32(options.num_sink_tokens),
+        dropout_steps=np.int32(options.dropout_steps),
         family=family(options),
     )
     return made | dict(deterministic=np.bool_(options.deterministic)) if backward else made

@@ -7,18 +7,32 @@ NotImplementedError: a legal request that this version does not serve.
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+
+from jax_flashattn._checks import (
+    array,
+    choice,
+    count,
+    integers,
+    kind,
+    lengths,
+    per_head,
+    per_token,
+    query_key_value,
+    score_operand,
+    soft_cap,
+    split_scale,
+    static_number,
+    window,
+)
 
 IMPLEMENTATIONS = (None, "cuda", "cuda:sm80", "cuda:sm90", "xla")
 ALIGNMENTS = ("top_left", "bottom_right")
-MAX_INT32 = 2**31 - 1
+DROPOUT_STEPS = 2**16  # dropout_rate is rounded to a multiple of 1 / DROPOUT_STEPS
 
 
 @jax.tree_util.register_static
@@ -30,6 +44,9 @@ class Options:
     window_left: int | None = None  # None: unbounded
     window_right: int | None = None  # causality is folded in: 0
     bottom_right: bool = False
+    soft_cap: float | None = None
+    num_sink_tokens: int = 0  # of keys that a window on the left does not hide
+    dropout_steps: int = 0  # the dropout rate in units of 1 / DROPOUT_STEPS
     deterministic: bool = False
     implementation: str | None = None
     bias_gradient: bool = False  # backward: dbias is wanted
@@ -52,6 +69,14 @@ class Operands(NamedTuple):
     scale: Any = None  # float32 [1] or [B]
     query_seq_lengths: Any = None  # int32 [B]
     key_value_seq_lengths: Any = None  # int32 [B]
+    alibi_slopes: Any = None  # float32 [B|1, N]
+    sinks: Any = None  # float32 [B|1, N]
+    dropout_seeds: Any = None  # uint32 [B, N, 2]
+    query_segment_ids: Any = None  # int32 [B, T]
+    key_value_segment_ids: Any = None  # int32 [B, S]
+    spans: Any = None  # int32 [B, R, 2]: positions [begin, end) that see each other
+    cu_seqlens_q: Any = None  # int32 [B, sequences + 1], of packed sequences
+    cu_seqlens_k: Any = None  # the same
 
 
 def normalise(
@@ -69,12 +94,20 @@ def normalise(
     implementation=None,
     return_residual=False,
     causal_alignment="top_left",
+    logits_soft_cap=None,
+    alibi_slopes=None,
+    sinks=None,
+    num_sink_tokens=0,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    dropout_rate=0.0,
+    dropout_key=None,
     deterministic=False,
     return_lse=False,
-    **not_built_yet,
+    prefix_lengths=None,
+    bidirectional_spans=None,
 ) -> tuple[Options, Operands, bool]:
     """Checks a call of `attention`: its Options, its Operands and whether it had no batch."""
-    check_not_built_yet(**not_built_yet)
     flags = dict(
         is_causal=is_causal,
         return_residual=return_residual,
@@ -95,6 +128,17 @@ def normalise(
     k_len = key.shape[1]
     scores = (batch, heads, q_len, k_len)
     static_scale, scale = split_scale(scale, head_dim)
+    dropout_steps, seeds = dropout(dropout_rate, dropout_key, batch, heads)
+    query_ids, key_ids = segment_ids(
+        query_segment_ids, key_value_segment_ids, (batch, q_len, k_len), unbatched
+    )
+    spans = bidirectional(prefix_lengths, bidirectional_spans, batch, unbatched, is_causal)
+    num_sink_tokens = count("num_sink_tokens", num_sink_tokens)
+    if num_sink_tokens and query_ids is not None:
+        raise ValueError(
+            "num_sink_tokens counts the first keys of the whole sequence and does not combine with "
+            "query_segment_ids; give each document a batch entry of its own."
+        )
     operands = Operands(
         query,
         key,
@@ -104,12 +148,22 @@ def normalise(
         scale,
         lengths("query_seq_lengths", query_seq_lengths, batch, unbatched),
         lengths("key_value_seq_lengths", key_value_seq_lengths, batch, unbatched),
+        per_head("alibi_slopes", alibi_slopes, batch, heads, unbatched),
+        per_head("sinks", sinks, batch, heads, unbatched),
+        seeds,
+        query_ids,
+        key_ids,
+        spans,
     )
     options = Options(
         scale=static_scale,
         window_left=left,
         window_right=right,
         bottom_right=causal_alignment == "bottom_right",
+        soft_cap=soft_cap(logits_soft_cap),
+        # Beside no window on the left it changes nothing, and shall cost nothing.
+        num_sink_tokens=0 if left is None else num_sink_tokens,
+        dropout_steps=dropout_steps,
         deterministic=bool(deterministic),
         implementation=implementation,
         # jax_debug_infs looks at everything that leaves a jitted computation, residuals included:
@@ -123,211 +177,61 @@ def debug_infs() -> bool:
     return bool(jax.config.jax_debug_infs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def kind(x) -> str:
-    """How an error message shows a value."""
-    if is_array(x):
-        return f"an array {x.dtype}{list(x.shape)}"
-    return f"{x!r} ({type(x).__name__})"
+def dropout(rate, key, batch: int, heads: int) -> tuple[int, Any]:
+    """The rate in steps, and for each entry and head of the batch the seeds of its mask."""
+    rate = static_number("dropout_rate", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate!r}.")
+    steps = min(round(rate * DROPOUT_STEPS), DROPOUT_STEPS - 1)
+    if steps == 0:
+        return 0, None
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs dropout_key, a jax.random key.")
+    key = array("dropout_key", key)
+    is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if key.shape != (() if is_key else (2,)) or not (is_key or key.dtype == np.uint32):
+        raise TypeError(f"dropout_key must be one jax.random key, got {kind(key)}.")
+    return steps, jax.random.bits(key, (batch, heads, 2), jnp.uint32)
 
 
-def is_array(x) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
+def segment_ids(query_ids, key_ids, shape: tuple, unbatched: bool) -> tuple:
+    batch, q_len, k_len = shape
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("query_segment_ids and key_value_segment_ids must be given together.")
+    return (
+        per_token("query_segment_ids", query_ids, batch, q_len, unbatched),
+        per_token("key_value_segment_ids", key_ids, batch, k_len, unbatched),
+    )
 
 
-def array(name: str, x) -> Any:
-    """Accepts jax.Array, tracers, np.ndarray and wrappers that offer __jax_array__."""
-    if not is_array(x) and hasattr(x, "__jax_array__"):
-        x = x.__jax_array__()
-    if not is_array(x):
-        raise TypeError(f"{name} must be an array (jax.Array or numpy.ndarray), got {kind(x)}.")
-    return x
-
-
-def choice(name: str, value, allowed):
-    if not (value is None or isinstance(value, str)) or value not in allowed:
-        listing = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {listing}; got {value!r}.")
-    return value
-
-
-def query_key_value(query, key, value):
-    """The three main operands with a batch axis, and whether that axis had to be added."""
-    named = {"query": query, "key": key, "value": value}
-    named = {name: array(name, x) for name, x in named.items()}
-    dtypes = {name: x.dtype for name, x in named.items()}
-    if len(set(dtypes.values())) != 1:
-        listing = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"query, key and value must have one dtype; got {listing}.")
-    if str(dtypes["query"]) not in ("float16", "bfloat16", "float32"):
-        raise TypeError(
-            f"query, key and value must be float16, bfloat16 or float32; got {dtypes['query']}."
+def cumulative(*bounds) -> list:
+    """cu_seqlens_q and cu_seqlens_k as int32 [1, sequences + 1]."""
+    names = ("cu_seqlens_q", "cu_seqlens_k")
+    bounds = [integers(name, x) for name, x in zip(names, bounds)]
+    if any(x.ndim != 1 or x.shape != bounds[0].shape or x.shape[0] == 0 for x in bounds):
+        shapes = " and ".join(str(list(x.shape)) for x in bounds)
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must both be [sequences + 1]; got {shapes}."
         )
-    rank = named["query"].ndim
-    for x in named.values():
-        if x.ndim not in (3, 4) or x.ndim != rank:
-            shapes = ", ".join(f"{n} {list(y.shape)}" for n, y in named.items())
+    return [x[None] for x in bounds]
+
+
+def bidirectional(prefixes, spans, batch: int, unbatched: bool, is_causal) -> Any:
+    """Spans int32 [B, R, 2]; a prefix is the span from position 0."""
+    if not is_causal:
+        for name, x in dict(prefix_lengths=prefixes, bidirectional_spans=spans).items():
+            if x is not None:
+                raise ValueError(f"{name} lifts causality in places and needs is_causal=True.")
+    prefixes = lengths("prefix_lengths", prefixes, batch, unbatched)
+    if spans is not None:
+        spans = integers("bidirectional_spans", spans)
+        spans = spans[None] if unbatched else spans
+        if spans.ndim != 3 or spans.shape[0] != batch or spans.shape[2] != 2:
             raise ValueError(
-                "query, key and value must all be [batch, length, heads, head_dim] or all "
-                f"[length, heads, head_dim]; got {shapes}."
+                f"bidirectional_spans must have the shape [batch, spans, 2] (begin, end) with "
+                f"batch {batch}, got {list(spans.shape)}."
             )
-    q, k, v = (jnp.asarray(x) if rank == 4 else jnp.asarray(x)[None] for x in named.values())
-    shapes = f"query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}"
-    if q.shape[0] != k.shape[0] or k.shape[0] != v.shape[0]:
-        raise ValueError(f"query, key and value must have one batch size; got {shapes}.")
-    if k.shape[1] != v.shape[1]:
-        raise ValueError(f"key and value must have the same length; got {shapes}.")
-    if k.shape[2] != v.shape[2]:
-        raise ValueError(f"key and value must have the same number of heads; got {shapes}.")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"query and key must have the same head dim; got {shapes}.")
-    if 0 in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]):
-        raise ValueError(f"heads and head dims must be at least 1; got {shapes}.")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"the query heads must be a multiple of the key/value heads (grouped-query attention); "
-            f"got {q.shape[2]} and {k.shape[2]}."
-        )
-    return q, k, v, rank == 3
-
-
-def score_operand(name: str, x, scores: tuple, dtype):
-    """A bias or mask as [B|1, N|1, T|1, S|1]."""
-    if x is None:
-        return None
-    x = array(name, x)
-    if name == "mask" and x.dtype != np.bool_:
-        raise TypeError(f"mask dtype must be bool (True: visible), got {x.dtype}; use bias=...")
-    if name == "bias" and x.dtype == np.bool_:
-        raise TypeError("bias dtype must be a number, got bool; use mask=...")
-    real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
-    if name == "bias" and not real:
-        raise TypeError(f"bias dtype must be a real number, got {x.dtype}.")
-    fits = x.ndim <= 4 and all(
-        extent in (1, full) for extent, full in zip(x.shape[::-1], scores[::-1])
-    )
-    if not fits:
-        raise ValueError(
-            f"{name} must broadcast to [batch, heads, query length, key length] = {list(scores)} "
-            f"(rank at most 4, each extent 1 or the full one); got {list(x.shape)}."
-        )
-    if name == "bias" and x.dtype not in (dtype, jnp.float32):
-        x = jnp.asarray(x, jnp.float32)
-    return jax.lax.expand_dims(jnp.asarray(x), range(4 - x.ndim))
-
-
-def lengths(name: str, x, batch: int, unbatched: bool):
-    """Sequence lengths as int32 [B]."""
-    if x is None:
-        return None
-    if unbatched and isinstance(x, (int, np.integer)) and not isinstance(x, bool):
-        x = np.asarray(x)
-    x = array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be int32, got {x.dtype}.")
-    if np.iinfo(x.dtype).max > MAX_INT32:
-        # A wider type is narrowed only where its values can be seen to fit.
-        if isinstance(x, Tracer):
-            raise TypeError(f"{name} must be int32, got {x.dtype}; cast it with .astype(int32).")
-        x = np.asarray(x)
-        if x.size and (x.max() > MAX_INT32 or x.min() < -MAX_INT32 - 1):
-            raise ValueError(f"{name} holds {x.min()} to {x.max()}, which does not fit int32.")
-    shapes = ((), (1,)) if unbatched else ((batch,),)
-    if x.shape not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name} must have the shape {expected}, got {list(x.shape)}.")
-    return jnp.asarray(x, jnp.int32).reshape((batch,))
-
-
-def split_scale(scale, head_dim: int):
-    """(static value, None) or (None, operand [1])."""
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim), None
-    if not is_array(scale) and hasattr(scale, "__jax_array__"):
-        scale = scale.__jax_array__()
-    if isinstance(scale, jax.Array):
-        if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.floating):
-            raise TypeError(
-                f"scale as an array must be a floating-point scalar, got {kind(scale)}."
-            )
-        return None, scale.astype(jnp.float32).reshape((1,))
-    if isinstance(scale, (bool, np.bool_)) or np.ndim(scale) != 0:
-        raise TypeError(f"scale must be a scalar, got {kind(scale)}.")
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(f"scale must be a scalar, got {kind(scale)}.") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"scale must be finite and above 0, got {value!r}; any other value needs a jax scalar."
-        )
-    return value, None
-
-
-def window(size) -> tuple[int | None, int | None]:
-    """local_window_size as (left, right), None where unbounded."""
-    if size is None:
-        return None, None
-    if isinstance(size, (tuple, list)):
-        if len(size) != 2:
-            raise ValueError(f"local_window_size must have 2 entries (left, right), got {size!r}.")
-        left, right = size
-    else:
-        left = right = size
-    return window_side(left, size), window_side(right, size)
-
-
-def window_side(side, size) -> int | None:
-    if side is None:
-        return None
-    try:
-        if isinstance(side, (bool, np.bool_)) or is_array(side):
-            raise TypeError
-        side = operator.index(side)
-    except TypeError:
-        raise TypeError(
-            f"local_window_size must be an int, a pair of ints (None: unbounded) or None; "
-            f"got {size!r}."
-        ) from None
-    if side < 0:
-        raise ValueError(
-            f"local_window_size must not be negative, got {size!r}; unbounded is None."
-        )
-    return side if side < MAX_INT32 else None
-
-
-def check_not_built_yet(
-    logits_soft_cap=None,
-    alibi_slopes=None,
-    sinks=None,
-    num_sink_tokens=0,
-    query_segment_ids=None,
-    key_value_segment_ids=None,
-    dropout_rate=0.0,
-    dropout_key=None,
-):
-    """Options whose names are reserved; each must be at its neutral value."""
-    cap = 1.0 if logits_soft_cap is None else logits_soft_cap
-    if not isinstance(cap, jax.Array) and not cap > 0:
-        raise ValueError(f"logits_soft_cap must be above 0 or None, got {logits_soft_cap!r}.")
-    if not isinstance(dropout_rate, jax.Array) and not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate!r}.")
-    if not isinstance(num_sink_tokens, jax.Array) and num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must not be negative, got {num_sink_tokens!r}.")
-    asked = dict(
-        logits_soft_cap=logits_soft_cap is not None,
-        alibi_slopes=alibi_slopes is not None,
-        sinks=sinks is not None,
-        num_sink_tokens=isinstance(num_sink_tokens, jax.Array) or num_sink_tokens != 0,
-        query_segment_ids=query_segment_ids is not None,
-        key_value_segment_ids=key_value_segment_ids is not None,
-        dropout_rate=isinstance(dropout_rate, jax.Array) or dropout_rate != 0,
-        dropout_key=dropout_key is not None,
-    )
-    for name, is_asked in asked.items():
-        if is_asked:
-            advice = {
-                "alibi_slopes": "; pass the ALiBi term as bias",
-                "query_segment_ids": "; pass the segments as mask",
-                "key_value_segment_ids": "; pass the segments as mask",
-            }.get(name, "")
-            raise NotImplementedError(f"{name} is not supported yet{advice}.")
+    if prefixes is None:
+        return spans
+    prefix = jnp.stack([jnp.zeros_like(prefixes), prefixes], axis=-1)[:, None]
+    return prefix if spans is None else jnp.concatenate([prefix, spans], axis=1)

@@ -30,7 +30,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_flashattn._options import Operands, Options
 
 # Names of the dims of each operand and result. Only b, h and k (key/value heads) may be sharded.
-OPERAND_DIMS = Operands("b i h d", "b j k d", "b j k d", "b h i j", "b h i j", "b", "b", "b")
+OPERAND_DIMS = Operands(
+    "b i h d", "b j k d", "b j k d", "b h i j", "b h i j", "b", "b", "b",
+    "b h", "b h", "b h x", "b i", "b j", "b x x", "b x", "b x",
+)  # fmt: skip
 OUT_DIMS, LSE_DIMS = "b i h d", "b h i"
 
 

@@ -104,7 +104,7 @@ def backward_cuda(residuals: Residuals, options: Options) -> list:
 
 def filled(operands: Operands) -> list:
     """The operands with an empty array for each absent one: a handler has a fixed arity."""
-    dtypes = (None, None, None, "f4", "?", "f4", "i4", "i4")
+    dtypes = (None, None, None, "f4", "?", "f4", "i4", "i4", "f4", "f4", "u4", *["i4"] * 5)
     return [jnp.zeros((0,), d) if x is None else x for x, d in zip(operands, dtypes)]
 
 

@@ -1,11 +1,15 @@
 """The executable definition of attention: oracle of the kernels, path of every other platform.
 
-    s[i, j] = scale * q[i].k[j] + bias[i, j]    where row i sees key j, else -inf
-    lse[i]  = log sum_j exp s[i, j]              p = exp(s - lse)
-    o[i]    = sum_j p[i, j] v[j]
+    s[i, j] = cap(scale * q[i].k[j]) + bias[i, j] - slope |i - j|    where i sees j, else -inf
+    lse[i]  = log(exp sink + sum_j exp s[i, j])              p = exp(s - lse)
+    o[i]    = sum_j keep[i, j] p[i, j] v[j]    with cap(x) = c tanh(x / c)
 
-    dp = dO v^T    delta = rowsum(dO * O) - dLSE    ds = p * (dp - delta)
-    dq = scale * ds k    dk = scale * ds^T q    dv = p^T dO    dbias = ds, summed to bias's extents
+    dp = keep * dO v^T    delta = rowsum(dO * O) - dLSE    ds = p * (dp - delta)
+    dq = scale * cap' * ds k    dk = scale * (cap' * ds)^T q    dv = (keep * p)^T dO
+    dbias = ds, summed to bias's extents
+
+keep is 0 for what dropout drops and 1 / (1 - rate) otherwise; without soft cap, bias, ALiBi, sink
+and dropout each of their terms is left out.
 
 Computed in float32 whatever the input dtype and whatever jax_enable_x64 says, one chunk of query
 rows at a time: the scores of a long sequence never exist at once.
@@ -22,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_flashattn import _dropout
 from jax_flashattn._options import Operands, Options
 
 # Scores in one chunk: 2^25 float32 are 128 MiB, and about five such arrays live in the backward.
@@ -54,15 +59,23 @@ def forward(operands: Operands, options: Options) -> list:
     query = operands.query
 
     def chunk_forward(rows: Rows):
-        s = scores(operands, options, rows)
+        s, _ = scores(operands, options, rows)
         # Not from the maximum, which may drop a NaN on the CPU: a NaN is no empty row, and spreads.
         empty = jnp.all(s == -jnp.inf, axis=-1, keepdims=True)
         top = jnp.where(empty, 0, jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
         p = jnp.exp(s - top)
         total = jnp.where(empty, 1, jnp.sum(p, axis=-1, keepdims=True))
-        out = einsum("bkgij,bjke->bikge", p / total, keys(operands, operands.value))
-        no_key = LOWEST if options.finite_lse else -jnp.inf
-        lse = jnp.where(empty, no_key, top + jnp.log(total))
+        lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+        if operands.sinks is None:
+            p = p / total
+        else:
+            sink = jnp.where(real_rows(operands, rows), sinks(operands), -jnp.inf)
+            with_sink = jnp.logaddexp(lse, sink)
+            p = jnp.where(empty | (sink == jnp.inf), 0, p / total * jnp.exp(lse - with_sink))
+            lse = with_sink
+        p = p * keep(operands, options, rows)
+        out = einsum("bkgij,bjke->bikge", p, keys(operands, operands.value))
+        lse = jnp.maximum(lse, LOWEST) if options.finite_lse else lse
         return out.astype(query.dtype), lse[..., 0]
 
     chunks = split_rows(operands)
@@ -79,7 +92,7 @@ def backward(operands: Operands, out, lse, d_out, d_lse, options: Options) -> li
     bias = group_heads(operands.bias, operands) if options.bias_gradient else None
 
     def chunk_backward(sums, rows: Rows):
-        s = scores(operands, options, rows)
+        s, slope = scores(operands, options, rows)
         k, v = keys(operands, operands.key), keys(operands, operands.value)
         q, do = queries(operands, rows, rows.query), queries(operands, rows, rows.d_out)
         delta = jnp.moveaxis(jnp.sum(do * rows.out.astype(jnp.float32), axis=-1), 1, -1)
@@ -87,11 +100,15 @@ def backward(operands: Operands, out, lse, d_out, d_lse, options: Options) -> li
             delta = delta - rows.d_lse.astype(jnp.float32)
         hidden = s == -jnp.inf
         p = jnp.where(hidden, 0, jnp.exp(s - rows.lse[..., None]))
-        dp = einsum("bikge,bjke->bkgij", do, v)
+        kept = keep(operands, options, rows)
+        dp = kept * einsum("bikge,bjke->bkgij", do, v)
         ds = jnp.where(hidden, 0, p * (dp - delta[..., None]))
-        ds_scaled = scale(operands, options) * ds
+        ds_scaled = scale(operands, options) * slope * ds
         dq = einsum("bkgij,bjkh->bikgh", ds_scaled, k).astype(rows.query.dtype)
-        parts = [einsum("bkgij,bikgh->bjkh", ds_scaled, q), einsum("bkgij,bikge->bjke", p, do)]
+        parts = [
+            einsum("bkgij,bikgh->bjkh", ds_scaled, q),
+            einsum("bkgij,bikge->bjke", kept * p, do),
+        ]
         dbias_rows = None
         if bias is not None:
             dbias = sum_to(ds, bias.shape)
@@ -121,25 +138,95 @@ def backward(operands: Operands, out, lse, d_out, d_lse, options: Options) -> li
     return grads
 
 
-def scores(operands: Operands, options: Options, rows: Rows):
-    """Masked scores of a chunk, float32 [b, k, g, i, j]: the order of all done to a score."""
+def scores(operands: Operands, options: Options, rows: Rows) -> tuple:
+    """Masked scores of a chunk, float32 [b, k, g, i, j]: the order of all done to a score.
+
+    Also the derivative of the soft cap.
+    """
     bias = group_heads(operands.bias, operands) if rows.bias is None else rows.bias
     mask = group_heads(operands.mask, operands) if rows.mask is None else rows.mask
     q, k = queries(operands, rows, rows.query), keys(operands, operands.key)
-    s = scale(operands, options) * einsum("bikgh,bjkh->bkgij", q, k)
+    s, slope = scale(operands, options) * einsum("bikgh,bjkh->bkgij", q, k), 1
+    if options.soft_cap is not None:
+        t = jnp.tanh(s / options.soft_cap)
+        s, slope = options.soft_cap * t, 1 - t * t
     s = s if bias is None else s + bias.astype(jnp.float32)
+    if operands.alibi_slopes is not None:
+        distance = jnp.abs(key_distance(operands, options, rows.position)).astype(jnp.float32)
+        s = s - group_heads(operands.alibi_slopes, operands)[..., None, None] * distance
     s = s if mask is None else jnp.where(mask, s, -jnp.inf)
-    return jnp.where(visible(operands, options, rows.position), s, -jnp.inf)
+    return jnp.where(visible(operands, options, rows.position), s, -jnp.inf), slope
 
 
 def visible(operands: Operands, options: Options, position):
-    """Which row sees which key by lengths, window and causality: bool [b|1, 1, 1, i, j]."""
+    """Which row sees which key, but for mask: bool [b|1, 1, 1, i, j]."""
     i, j = position[:, None], key_positions(operands)
-    q_len, k_len = query_lengths(operands), key_lengths(operands)
-    distance = j - i - (k_len - q_len if options.bottom_right else 0)
-    sees = (i < q_len) & (j < k_len)
-    sees = sees if options.window_left is None else sees & (distance >= -options.window_left)
-    return sees if options.window_right is None else sees & (distance <= options.window_right)
+    distance = key_distance(operands, options, position)
+    near = True
+    if options.window_left is not None:
+        near = (distance >= -options.window_left) | (j < options.num_sink_tokens)
+    if options.window_right is not None:
+        near = near & (distance <= options.window_right)
+    if operands.spans is not None:
+        begin, end = jnp.moveaxis(operands.spans, -1, 0)[..., None, None, None, None]
+        row = j - distance  # the row's position among the keys
+        together = (begin <= row) & (row < end) & (begin <= j) & (j < end)
+        near = near | jnp.any(together, axis=1)
+    sees = (i < query_lengths(operands)) & (j < key_lengths(operands)) & near
+    if operands.query_segment_ids is not None:
+        ids = jnp.take(operands.query_segment_ids, position, axis=1, mode="clip")
+        sees = sees & per_pair(ids[:, :, None] == operands.key_value_segment_ids[:, None])
+    if operands.cu_seqlens_q is not None:
+        q_sequence = sequence_of(operands.cu_seqlens_q, position)
+        k_sequence = sequence_of(operands.cu_seqlens_k, key_positions(operands))
+        sees = sees & per_pair(
+            (q_sequence[:, :, None] == k_sequence[:, None]) & (q_sequence >= 0)[:, :, None]
+        )
+    return sees
+
+
+def key_distance(operands: Operands, options: Options, position):
+    """How far a key is past the row's own position: int32 [b|1, 1, 1, i, j] or [i, j]."""
+    i, j = position[:, None], key_positions(operands)
+    if operands.cu_seqlens_q is None:
+        offset = key_lengths(operands) - query_lengths(operands) if options.bottom_right else 0
+        return j - i - offset
+    cu_q, cu_k = operands.cu_seqlens_q, operands.cu_seqlens_k
+    n = jnp.maximum(sequence_of(cu_q, position), 0) + options.bottom_right
+    first = jnp.take_along_axis(cu_k, n, axis=1) - jnp.take_along_axis(cu_q, n, axis=1)
+    return j - i - per_pair(first[:, :, None])
+
+
+def sequence_of(cu_seqlens, position):
+    """Which packed sequence a token belongs to, int32 [b, i]; -1: to none."""
+    n = jax.vmap(functools.partial(jnp.searchsorted, side="right"), (0, None))(cu_seqlens, position)
+    return jnp.where(n == cu_seqlens.shape[1], 0, n).astype(jnp.int32) - 1
+
+
+def real_rows(operands: Operands, rows: Rows):
+    """Which rows are no padding, bool, to be broadcast to [b, k, g, i, 1]."""
+    real = rows.position[:, None] < query_lengths(operands)
+    if operands.cu_seqlens_q is None:
+        return real
+    return real & per_pair((sequence_of(operands.cu_seqlens_q, rows.position) >= 0)[:, :, None])
+
+
+def sinks(operands: Operands):
+    """[b|1, k, g, 1, 1]."""
+    return group_heads(operands.sinks, operands)[..., None, None]
+
+
+def keep(operands: Operands, options: Options, rows: Rows):
+    """What dropout multiplies probabilities by: float32 [b, k, g, i, j], or 1."""
+    if operands.dropout_seeds is None:
+        return 1
+    seeds = group_heads(operands.dropout_seeds, operands)[..., None, None, :]
+    return _dropout.keep(seeds, rows.position[:, None], key_positions(operands), options)
+
+
+def per_pair(x):
+    """[b, i|1, j|1] -> [b, 1, 1, i|1, j|1]."""
+    return x[:, None, None]
 
 
 def query_lengths(operands: Operands):

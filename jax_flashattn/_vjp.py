@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from jax_flashattn import _primitives
+from jax_flashattn import _primitives, _reference
 from jax_flashattn._options import Operands, Options
 
 
@@ -21,6 +21,7 @@ class Wanted:
 
     bias: bool
     scale: bool
+    sinks: bool
 
 
 class Saved(NamedTuple):
@@ -39,7 +40,13 @@ def flash_attention(operands: Operands, options: Options) -> tuple:
 
 
 def flash_attention_forward(operands: Operands, options: Options):
-    wanted = Wanted(*(x is not None and x.perturbed for x in (operands.bias, operands.scale)))
+    if operands.alibi_slopes is not None and operands.alibi_slopes.perturbed:
+        raise NotImplementedError(
+            "alibi_slopes has no gradient; wrap it in jax.lax.stop_gradient, or pass the ALiBi "
+            "term as bias, which has one."
+        )
+    learnt = (operands.bias, operands.scale, operands.sinks)
+    wanted = Wanted(*(x is not None and x.perturbed for x in learnt))
     operands = Operands(*(None if x is None else x.value for x in operands))
     out, lse = _primitives.forward(operands, options)
     # Names for jax.checkpoint policies: saving these two is what spares the forward its second run.
@@ -60,6 +67,8 @@ def flash_attention_backward(saved, cotangents):
         grads = grads._replace(bias=dbias[0].astype(operands.bias.dtype))
     if wanted.scale:
         grads = grads._replace(scale=scale_gradient(operands, dq))
+    if wanted.sinks:
+        grads = grads._replace(sinks=sink_gradient(operands, out, lse, d_out, d_lse))
     return grads, None
 
 
@@ -69,6 +78,20 @@ def scale_gradient(operands: Operands, dq):
     shared = operands.scale.shape[0] != per_batch.shape[0]
     total = jnp.sum(per_batch, keepdims=True) if shared else per_batch
     return total / operands.scale
+
+
+def sink_gradient(operands: Operands, out, lse, d_out, d_lse):
+    """ds = p (dp - delta) of a key whose value is 0, and so its dp: -sum exp(sink - lse) delta."""
+    product = d_out.astype(jnp.float32) * out.astype(jnp.float32)
+    delta = jnp.swapaxes(jnp.sum(product, axis=-1), 1, 2)
+    delta = delta if d_lse is None else delta - d_lse
+    sinks = operands.sinks[..., None]
+    p = jnp.where(lse == jnp.inf, 1, jnp.exp(sinks - lse))
+    p = jnp.where(
+        lse <= _reference.LOWEST, 0, p
+    )  # padding: a row that has a sink sees at least that
+    by_head = -jnp.sum(p * delta, axis=2)
+    return jnp.sum(by_head, axis=0, keepdims=True) if operands.sinks.shape[0] == 1 else by_head
 
 
 flash_attention.defvjp(flash_attention_forward, flash_attention_backward, symbolic_zeros=True)

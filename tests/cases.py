@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 
 LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
+# Options that are int32 arrays, given in a Case as tuples.
+INTEGERS = (*LENGTHS, "query_segment_ids", "key_value_segment_ids") + (
+    "prefix_lengths",
+    "bidirectional_spans",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +32,12 @@ class Case:
     bias_dtype: str | None = "float32"  # None: that of the query
     mask: tuple[int, ...] | None = None
     traced_scale: float | None = None  # passed as an array and differentiated
+    alibi: tuple[int, ...] | None = None  # the shape of alibi_slopes
+    sinks: tuple[int, ...] | None = None
     options: dict = dataclasses.field(default_factory=dict, hash=False)
 
     def arrays(self, dtype):
-        """query, key, value and, where the case has them, bias, mask, lengths and scale."""
+        """query, key, value and, where the case has them, the other arrays that attention takes."""
         rng = self._rng()
         k_len = self.q_len if self.k_len is None else self.k_len
         kv_heads = self.kv_heads or self.heads
@@ -44,16 +51,22 @@ class Case:
             arrays["bias"] = normal(rng, self.bias, self.bias_dtype or dtype)
         if self.mask is not None:
             arrays["mask"] = np.asarray(rng.random(self.mask) < 0.7)
-        for name in LENGTHS:
+        for name in INTEGERS:
             if name in self.options:
                 arrays[name] = np.asarray(self.options[name], np.int32)
+        if self.alibi is not None:
+            arrays["alibi_slopes"] = 2 ** normal(rng, self.alibi, "float32") / 8
+        if self.sinks is not None:
+            arrays["sinks"] = 2 * normal(rng, self.sinks, "float32")
+        if "dropout_rate" in self.options:
+            arrays["dropout_key"] = rng.integers(2**32, size=2, dtype=np.uint32)
         if self.traced_scale is not None:
             arrays["scale"] = np.float32(self.traced_scale)
         return arrays
 
     def static(self):
         """The keyword arguments that are not arrays."""
-        return {name: value for name, value in self.options.items() if name not in LENGTHS}
+        return {name: value for name, value in self.options.items() if name not in INTEGERS}
 
     def cotangents(self, dtype):
         """d_out in `dtype`, d_lse in float32."""
@@ -163,6 +176,83 @@ def _dims():
         yield Case(f"dim-{dim}-value-{value_dim}", 70, batch=1, head_dim=dim, value_dim=value_dim)
 
 
+def _score_features():
+    yield Case("cap", 129, options={"logits_soft_cap": 1.5})
+    bias = {"logits_soft_cap": 0.7, "is_causal": True}
+    yield Case("cap-bias-mask", 65, 70, bias=(1, 2, 65, 70), mask=(2, 1, 65, 70), options=bias)
+    yield Case("cap-traced-scale-gqa", 130, heads=4, kv_heads=2, traced_scale=0.4,
+               options={"logits_soft_cap": 2.0, "local_window_size": (40, 3)})  # fmt: skip
+    yield Case("alibi", 129, alibi=(2,))
+    bottom = {"is_causal": True, "causal_alignment": "bottom_right"}
+    yield Case("alibi-causal-bottom-right", 70, 150, alibi=(2, 2), options=bottom)
+    lengths = {"query_seq_lengths": (50, 0, 129), "key_value_seq_lengths": (0, 100, 65)}
+    yield Case("alibi-lengths", 129, batch=3, alibi=(2,), options=lengths | bottom)
+    yield Case("sinks", 65, sinks=(2,))
+    yield Case("sinks-lengths", 129, batch=3, heads=4, kv_heads=2, sinks=(3, 4), options=lengths)
+    leaves_empty = {"local_window_size": 8}
+    yield Case("sinks-of-rows-without-keys", 129, 65, sinks=(2,), options=leaves_empty)
+    yield Case("sinks-everything", 129, 70, heads=4, kv_heads=2, bias=(1, 4, 129, 70), alibi=(4,),
+               sinks=(4,), traced_scale=0.3, options={"logits_soft_cap": 1.0} | bottom)  # fmt: skip
+
+
+def _dropout():
+    yield Case("dropout", 129, options={"dropout_rate": 0.3})
+    yield Case("dropout-high-65x200", 65, 200, heads=4, kv_heads=2, options={"dropout_rate": 0.9})
+    window = {"dropout_rate": 0.1, "local_window_size": (20, 3), "logits_soft_cap": 2.0}
+    yield Case("dropout-window-cap", 150, sinks=(2,), bias=(1, 2, 150, 150), options=window)
+    bottom = {"is_causal": True, "causal_alignment": "bottom_right", "dropout_rate": 0.5}
+    yield Case("dropout-causal-alibi", 33, 100, alibi=(2,), options=bottom)
+
+
+def _sink_tokens():
+    for window, tokens in (((8, 0), 4), ((20, 3), 1), ((5, None), 70), ((3, 0), 500)):
+        options = {"local_window_size": window, "num_sink_tokens": tokens}
+        yield Case(f"sink-tokens-{tokens}-of-{window[0]}", 150, options=options)
+    lengths = {"query_seq_lengths": (150, 33), "key_value_seq_lengths": (200, 3)}
+    options = {"local_window_size": 9, "num_sink_tokens": 5, "causal_alignment": "bottom_right"}
+    yield Case("sink-tokens-lengths", 150, 200, options=options | lengths | {"is_causal": True})
+
+
+def runs(*lengths):
+    """Segment ids 1, 2, ... in runs of these lengths."""
+    return tuple(itertools.chain(*([n + 1] * length for n, length in enumerate(lengths))))
+
+
+def _segments():
+    def both(q, k=None):
+        return {"query_segment_ids": q, "key_value_segment_ids": q if k is None else k}
+
+    packed = both((runs(50, 1, 70, 8), runs(128, 1)))
+    yield Case("segments", 129, options=packed)
+    yield Case("segments-causal", 129, heads=4, kv_heads=2, options=packed | {"is_causal": True})
+    yield Case("segments-window", 129, options=packed | {"local_window_size": (20, 3)})
+    cross = both((runs(30, 0, 40),), (runs(5, 60, 100),))
+    yield Case("segments-cross", 70, 165, batch=1, options=cross)
+    padded = both((runs(60, 30) + (0,) * 40,), (runs(60, 30) + (7,) * 40,))
+    yield Case("segments-padding-sees-nothing", 130, batch=1, options=padded)
+    rng = np.random.default_rng(5)
+    mixed = both(*(tuple(map(tuple, rng.integers(0, 3, (2, 140)))) for _ in range(2)))
+    yield Case("segments-mixed", 140, options=mixed)
+    lengths = {"query_seq_lengths": (129, 60), "key_value_seq_lengths": (100, 129)}
+    yield Case("segments-lengths", 129, sinks=(2,), options=packed | lengths)
+
+
+def _spans():
+    causal = {"is_causal": True}
+    yield Case("prefix", 129, options=causal | {"prefix_lengths": (70, 0)})
+    yield Case("prefix-past-the-end", 65, options=causal | {"prefix_lengths": (500, -3)})
+    spans = {"bidirectional_spans": (((3, 40), (100, 129)), ((50, 60), (0, 0)))}
+    yield Case("spans", 150, heads=4, kv_heads=2, options=causal | spans)
+    window = {"local_window_size": (10, None)}
+    yield Case("spans-window", 150, options=causal | spans | window)
+    bottom = {"causal_alignment": "bottom_right", "prefix_lengths": (90, 33)}
+    yield Case("spans-prefix-bottom-right", 70, 129, options=causal | spans | bottom)
+    nested = {"bidirectional_spans": (((0, 100), (20, 30), (90, 120)), ((5, 2), (-9, 4), (7, 8)))}
+    yield Case("spans-nested", 129, options=causal | nested)
+    sinks = {"num_sink_tokens": 3, "local_window_size": (9, None)}
+    yield Case("spans-sink-tokens", 150, options=causal | spans | sinks)
+
+
 def _scale():
     yield Case("scale-static", 65, options={"scale": 0.31})
     yield Case("scale-traced", 65, traced_scale=0.31)
@@ -178,13 +268,38 @@ EVERYTHING = Case(
     },
 )  # fmt: skip
 
-GROUPS = (_dense, _causal, _windows, _lengths, _heads, _bias_and_mask, _dims, _scale)
+GROUPS = (_dense, _causal, _windows, _lengths, _heads, _bias_and_mask, _dims, _scale) + (
+    _score_features,
+    _dropout,
+    _sink_tokens,
+    _segments,
+    _spans,
+)
 CASES = {case.name: case for group in GROUPS for case in group()} | {EVERYTHING.name: EVERYTHING}
 
 
-def every_case():
-    """A parametrize mark over all cases."""
-    return pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# What only the reference has so far; attention.cc refuses it.
+UNBUILT = (
+    "logits_soft_cap",
+    "alibi",
+    "sinks",
+    "dropout_rate",
+    "num_sink_tokens",
+    "query_segment_ids",
+    "prefix_lengths",
+    "bidirectional_spans",
+)
+
+
+def is_built(case):
+    features = {name for name in ("alibi", "sinks") if getattr(case, name) is not None}
+    return not (features | case.options.keys()) & set(UNBUILT)
+
+
+def every_case(*, kernels=True):
+    """A parametrize mark over all cases; kernels: only those that kernels serve."""
+    cases = [case for case in CASES.values() if is_built(case) or not kernels]
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
 def some_cases(*names):

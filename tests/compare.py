@@ -18,7 +18,7 @@ from jax_flashattn import attention
 HAS_KERNELS = importlib.util.find_spec("jax_flashattn._ext") is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the package was built without kernels")
 
-DIFFERENTIABLE = ("query", "key", "value", "bias", "scale")
+DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sinks")
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
 FLOAT32_SLACK = 2  # `low` is one order of summation, itself no better than any other
 
@@ -54,9 +54,19 @@ def expected(case, dtype, *, lse_cotangent=True, precision="float64"):
     """The same from the oracle."""
     d_out, d_lse = case.cotangents(dtype)
     return attend(
-        **case.arrays(dtype), **case.static(), d_out=d_out,
+        **with_seeds(case.arrays(dtype)), **case.static(), d_out=d_out,
         d_lse=d_lse if lse_cotangent else None, precision=precision,
     )  # fmt: skip
+
+
+def with_seeds(arrays):
+    """A case's arrays with dropout_seeds, for those that know no keys, in place of dropout_key."""
+    arrays = dict(arrays)
+    if "dropout_key" in arrays:
+        batch, _, heads, _ = arrays["query"].shape
+        seeds = jax.random.bits(arrays.pop("dropout_key"), (batch, heads, 2), "uint32")
+        arrays["dropout_seeds"] = np.asarray(seeds)
+    return arrays
 
 
 def judge(name, actual, reference, low, factor):
@@ -101,6 +111,15 @@ def judge_scale(actual, reference, arrays, d_query):
     assert abs(float(actual) - reference) <= bound, f"scale: {actual}, not {reference} ± {bound}"
 
 
+def judge_sinks(actual, reference, dtype):
+    """A sum over all rows, which may cancel, of terms that come from the rounded output."""
+    unit = np.finfo(np.float32).eps if dtype == np.float32 else 2.0**-8
+    error = np.abs(np.asarray(actual) - reference["sinks"])
+    bound = 4 * unit * reference["sinks of absolute terms"] + 1e-30
+    assert actual.dtype == np.float32, f"gradient of sinks: dtype {actual.dtype}"
+    assert (error <= bound).all(), f"gradient of sinks: off by {error}, bound {bound}"
+
+
 def judge_masked(actual, reference):
     """Rows that see nothing, and keys nobody sees, give exact zeros."""
     empty = np.isneginf(reference["lse"]).swapaxes(1, 2)  # [B, T, N]
@@ -108,7 +127,8 @@ def judge_masked(actual, reference):
         if name in actual:
             rows = np.asarray(actual[name])[empty]
             assert not rows.any(), f"{name}: {np.count_nonzero(rows)} non-zeros in masked rows"
-    unseen = ~reference["value"].any(axis=-1)  # a key that is seen has weight in some output
+    # A key that is seen has weight in some output, unless dropout took that, but not its score.
+    unseen = ~(reference["value"].any(axis=-1) | reference["key"].any(axis=-1))
     for name in ("key", "value"):
         if name in actual:
             rows = np.asarray(actual[name])[unseen]
@@ -127,6 +147,8 @@ def judge_all(actual, reference, low, arrays):
             judge(
                 f"gradient of {name}", gradient, reference[name], low[name], slack * GRADIENT_FACTOR
             )
+    if "sinks" in actual:
+        judge_sinks(actual["sinks"], reference, np.asarray(arrays["query"]).dtype)
     if "scale" in actual:
         judge_scale(actual["scale"], reference["scale"], arrays, reference["query"])
     judge_masked(actual, reference)

@@ -9,11 +9,13 @@ import numpy as np
 from jax_flashattn import _ffi, attention
 from jax_flashattn._options import Operands, Options
 
-FORWARD = ("query", "key", "value", "bias", "mask", "scale", "q_lengths", "k_lengths")
+ABSENT = {"bias": "f4", "mask": "?", "scale": "f4", "q_lengths": "i4", "k_lengths": "i4"}
+ABSENT |= {"alibi_slopes": "f4", "sinks": "f4", "dropout_seeds": "u4"}
+ABSENT |= {name: "i4" for name in ("q_segments", "k_segments", "spans", "cu_q", "cu_k")}
+FORWARD = ("query", "key", "value", *ABSENT)
 BACKWARD = (*FORWARD, "out", "lse", "d_out", "d_lse")
 FORWARD_RESULTS = ("out", "lse")
 BACKWARD_RESULTS = ("d_query", "d_key", "d_value", "d_bias", "scratch")
-ABSENT = {"bias": "f4", "mask": "?", "scale": "f4", "q_lengths": "i4", "k_lengths": "i4"}
 
 
 class RawCall:
@@ -50,7 +52,7 @@ class RawCall:
             named = {"query": "d_query", "key": "d_key", "value": "d_value"}
             self.results = {d: like(self.arrays[n].shape, dtype) for n, d in named.items()}
             self.results["d_bias"] = like(bias or (0,), "float32")
-        operands = Operands(*(self.arrays[n] for n in FORWARD[:3]), *[None] * 5)
+        operands = Operands(*(self.arrays[n] for n in FORWARD[:3]))
         if bias is not None:
             operands = operands._replace(bias=self.arrays["bias"])
         floats = 1  # what plan() says of every forward that is not empty

@@ -1,9 +1,11 @@
 """Attention forward and backward in numpy: what the package is judged against, sharing no code.
 
-s = scale q k' + bias where visible, -inf elsewhere      p = exp(s - lse),  lse = log sum exp s
-o = p v                                                  0 and lse -inf for a row that sees nothing
-dv = p' do     dp = do v'     ds = p (dp - sum_j p dp + dlse)
-dq = scale ds k     dk = scale ds' q     dbias = ds     dscale = sum ds (q k')
+s = c tanh(scale q k' / c) + bias - slope |distance| where visible, -inf elsewhere
+p = exp(s - lse),  lse = log(exp sink + sum exp s)       o = (keep p) v
+o is 0 and lse -inf for a row that sees nothing, not even a sink
+dv = (keep p)' do     dp = keep (do v')     ds = p (dp - sum_j p dp + dlse)     dt = ds tanh'
+dq = scale dt k     dk = scale dt' q     dbias = ds     dscale = sum dt (q k')
+dsink = -sum p_sink (sum_j p dp - dlse)
 """
 
 import ml_dtypes
@@ -34,6 +36,11 @@ def visible_keys(
     local_window_size=None,
     query_seq_lengths=None,
     key_value_seq_lengths=None,
+    num_sink_tokens=0,
+    query_segment_ids=None,
+    key_value_segment_ids=None,
+    prefix_lengths=None,
+    bidirectional_spans=None,
 ):
     """bool [B, T, S]: which keys each query row may see, before `mask`."""
     if local_window_size is None:
@@ -52,15 +59,52 @@ def visible_keys(
             keys = min(max(int(key_value_seq_lengths[b]), 0), k_len)
         offset = keys - rows if causal_alignment == "bottom_right" else 0
         for i in range(rows):
-            row = j < keys
+            position = i + offset
+            row = np.ones(k_len, bool)
             if left is not None:
-                row = row & (j >= i + offset - left)
+                row = row & ((j >= position - left) | (j < num_sink_tokens))
             if right is not None:
-                row = row & (j <= i + offset + right)
+                row = row & (j <= position + right)
             if is_causal:
-                row = row & (j <= i + offset)
-            visible[b, i] = row
+                row = row & (j <= position)
+            spans = [] if prefix_lengths is None else [(0, prefix_lengths[b])]
+            spans += [] if bidirectional_spans is None else list(bidirectional_spans[b])
+            for begin, end in spans:
+                if begin <= position < end:
+                    row = row | ((j >= begin) & (j < end))
+            if query_segment_ids is not None:
+                row = row & (key_value_segment_ids[b] == query_segment_ids[b][i])
+            visible[b, i] = row & (j < keys)
     return visible
+
+
+def distances(batch, q_len, k_len, *, causal_alignment="top_left", **visibility):
+    """How far each key is past each row's own position: [B, T, S]."""
+    offset = np.zeros(batch, int)
+    if causal_alignment == "bottom_right":
+        rows, keys = visibility.get("query_seq_lengths"), visibility.get("key_value_seq_lengths")
+        rows = q_len if rows is None else np.clip(rows, 0, q_len)
+        keys = k_len if keys is None else np.clip(keys, 0, k_len)
+        offset = offset + keys - rows
+    return np.arange(k_len) - np.arange(q_len)[:, None] - offset[:, None, None]
+
+
+def kept(seeds, q_len, k_len, rate):
+    """What dropout multiplies probabilities by, [B, N, T, S]: Philox2x32-7 in 64-bit integers."""
+    steps = round(rate * 2**16)
+    i, j = np.arange(q_len)[:, None], np.arange(k_len)
+    seeds = np.asarray(seeds).astype(np.uint64)[:, :, None, None]
+    key = seeds[..., 0]
+    first = np.broadcast_to(i // 16 * 8 + i % 8, (q_len, k_len)).astype(np.uint64)
+    second = (j // 16 * 8 + j % 8).astype(np.uint64) ^ seeds[..., 1]
+    mask = np.uint64(2**32 - 1)
+    for _ in range(7):
+        product = np.uint64(0xD256D193) * first
+        first, second = (product >> np.uint64(32)) ^ key ^ second, product & mask
+        key = (key + np.uint64(0x9E3779B9)) & mask
+    word = np.where(i % 16 < 8, first, second)
+    bits = np.where(j % 16 < 8, word & np.uint64(0xFFFF), word >> np.uint64(16))
+    return np.where(bits >= steps, 1 / (1 - steps / 2**16), 0)
 
 
 def _heads_first(x, dtype):
@@ -83,6 +127,11 @@ def attend(
     mask=None,
     *,
     scale=None,
+    logits_soft_cap=None,
+    alibi_slopes=None,
+    sinks=None,
+    dropout_rate=0.0,
+    dropout_seeds=None,
     d_out=None,
     d_lse=None,
     precision="float64",
@@ -90,14 +139,20 @@ def attend(
 ):
     """Forward, and with d_out also backward. Returns a dict of arrays in the computing type.
 
-    out [B, T, N, Hv], lse [B, N, T]; query, key, value, bias, scale: the gradients, under the names
-    of what they differentiate.
+    out [B, T, N, Hv], lse [B, N, T]; query, key, value, bias, scale, sinks: the gradients, under
+    the names of what they differentiate.
     """
     with np.errstate(over="ignore"):  # float16 intermediates of `low` may reach inf
-        return _attend(query, key, value, bias, mask, scale, d_out, d_lse, precision, visibility)
+        return _attend(
+            query, key, value, bias, mask, scale, logits_soft_cap, alibi_slopes, sinks,
+            (dropout_rate, dropout_seeds), d_out, d_lse, precision, visibility,
+        )  # fmt: skip
 
 
-def _attend(query, key, value, bias, mask, scale, d_out, d_lse, precision, visibility):
+def _attend(
+    query, key, value, bias, mask, scale, cap, slopes, sinks, dropout, d_out, d_lse, precision,
+    visibility,
+):  # fmt: skip
     dtype, store = _arithmetic(precision)
     q, k, v = (_heads_first(x, dtype) for x in (query, key, value))
     batch, heads, q_len, head_dim = q.shape
@@ -111,8 +166,15 @@ def _attend(query, key, value, bias, mask, scale, d_out, d_lse, precision, visib
         visible = visible & np.asarray(mask)
     product = store(q @ k.swapaxes(-1, -2))
     s = store(scale * product)
+    steepness = dtype.type(1)
+    if cap is not None:
+        t = store(np.tanh(s / dtype.type(cap)))
+        s, steepness = store(dtype.type(cap) * t), store(1 - t * t)
     if bias is not None:
         s = store(s + np.asarray(bias).astype(dtype))
+    if slopes is not None:
+        distance = np.abs(distances(batch, q_len, k_len, **visibility))[:, None].astype(dtype)
+        s = s - np.asarray(slopes).astype(dtype).reshape(-1, heads, 1, 1) * distance
     s = np.where(visible, s, dtype.type(NEGATIVE_INFINITY))
 
     m = s.max(axis=-1, keepdims=True, initial=NEGATIVE_INFINITY)
@@ -121,23 +183,41 @@ def _attend(query, key, value, bias, mask, scale, d_out, d_lse, precision, visib
     total = np.where(seen, e.sum(axis=-1, keepdims=True), 1)
     p = store(e / total)
     lse = np.where(seen, m + np.log(total), NEGATIVE_INFINITY)[..., 0]
-    out = store(p @ v)
+    if sinks is not None:
+        rows = visibility.get("query_seq_lengths")
+        rows = np.full(batch, q_len) if rows is None else np.asarray(rows)
+        real = np.arange(q_len) < rows[:, None, None]
+        sink = np.asarray(sinks).astype(dtype).reshape(-1, heads, 1)
+        of_keys, lse = lse, np.where(real, np.logaddexp(lse, sink), NEGATIVE_INFINITY)
+        share = np.exp(of_keys - np.where(np.isfinite(lse), lse, np.inf))
+        p = store(p * share[..., None])
+    keep = dtype.type(1)
+    if dropout[0] > 0:
+        keep = kept(dropout[1], q_len, k_len, dropout[0]).astype(dtype)
+    out = store(store(keep * p) @ v)
     result = {"out": out.swapaxes(1, 2), "lse": lse}
     if d_out is None:
         return result
 
     d_o = _heads_first(d_out, dtype)
-    d_p = store(d_o @ v.swapaxes(-1, -2))
+    d_p = store(keep * (d_o @ v.swapaxes(-1, -2)))
     delta = (d_o * out).sum(axis=-1, keepdims=True)
     if d_lse is not None:
         delta = delta - np.asarray(d_lse).astype(dtype)[..., None]
     d_s = store(p * (d_p - delta))
-    d_q = store(scale * (d_s @ k))
-    d_k, d_v = scale * (d_s.swapaxes(-1, -2) @ q), p.swapaxes(-1, -2) @ d_o
+    d_t = store(steepness * d_s)
+    d_q = store(scale * (d_t @ k))
+    d_k, d_v = scale * (d_t.swapaxes(-1, -2) @ q), store(keep * p).swapaxes(-1, -2) @ d_o
     grouped = (batch, kv_heads, group, k_len, -1)
     d_k, d_v = (store(x.reshape(grouped).sum(axis=2)) for x in (d_k, d_v))
     result |= {"query": d_q.swapaxes(1, 2), "key": d_k.swapaxes(1, 2), "value": d_v.swapaxes(1, 2)}
-    result["scale"] = (d_s * product).sum()
+    result["scale"] = (d_t * product).sum()
+    if sinks is not None:
+        at_infinity = np.isinf(lse)
+        share = np.where(at_infinity, lse > 0, np.exp(sink - np.where(at_infinity, 0, lse)))
+        terms, axis = share * delta[..., 0], (0, 2) if np.ndim(sinks) == 1 else 2
+        result["sinks"] = -terms.sum(axis=axis)
+        result["sinks of absolute terms"] = np.abs(terms).sum(axis=axis)
     if bias is not None:
         result["bias"] = _reduce_to(d_s, np.shape(bias))
     return result

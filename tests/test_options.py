@@ -188,31 +188,56 @@ def test_bad_options(name, bad, error, fragments):
     raises(error, [name, *fragments], **arrays(), **{name: bad})
 
 
-NOT_BUILT = {
-    "logits_soft_cap": 30.0,
-    "alibi_slopes": jnp.ones(N),
-    "sinks": jnp.ones(N),
-    "num_sink_tokens": 1,
-    "query_segment_ids": jnp.zeros((B, T), jnp.int32),
-    "key_value_segment_ids": jnp.zeros((B, S), jnp.int32),
-    "dropout_key": jax.random.key(0),
-}
+SEEDS = {"dropout_key": jax.random.key(0), "dropout_rate": 0.5}
+IDS = {"query_segment_ids": jnp.zeros((B, T), "int32")}
+IDS |= {"key_value_segment_ids": jnp.zeros((B, S), "int32")}
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_not_yet_built(name):
-    raises(NotImplementedError, [name], **arrays(), **{name: NOT_BUILT[name]})
+@pytest.mark.parametrize(
+    ("bad", "error", "fragments"),
+    [
+        ({"logits_soft_cap": 0.0}, ValueError, ["logits_soft_cap", "0.0"]),
+        ({"logits_soft_cap": float("inf")}, ValueError, ["logits_soft_cap", "inf"]),
+        ({"logits_soft_cap": jnp.float32(3)}, TypeError, ["logits_soft_cap", "Python number"]),
+        ({"alibi_slopes": jnp.zeros((N + 1,))}, ValueError, ["alibi_slopes", "[4]", "[5]"]),
+        ({"alibi_slopes": jnp.zeros((1, N))}, ValueError, ["alibi_slopes", "[2, 4]", "[1, 4]"]),
+        ({"alibi_slopes": jnp.zeros((N,), bool)}, TypeError, ["alibi_slopes", "bool"]),
+        ({"sinks": jnp.zeros((B,))}, ValueError, ["sinks", "[4]", "[2]"]),
+        ({"sinks": 1.0}, TypeError, ["sinks", "1.0"]),
+        ({"num_sink_tokens": -1}, ValueError, ["num_sink_tokens", "-1"]),
+        ({"num_sink_tokens": 1.5}, TypeError, ["num_sink_tokens", "1.5"]),
+        ({"dropout_rate": 0.5}, ValueError, ["dropout_rate", "dropout_key"]),
+        (SEEDS | {"dropout_rate": 1.0}, ValueError, ["dropout_rate", "1.0"]),
+        (SEEDS | {"dropout_rate": -0.1}, ValueError, ["dropout_rate", "-0.1"]),
+        (SEEDS | {"dropout_rate": jnp.float32(0.5)}, TypeError, ["dropout_rate"]),
+        (SEEDS | {"dropout_key": jnp.zeros((3,), "uint32")}, TypeError, ["dropout_key", "[3]"]),
+        ({"query_segment_ids": IDS["query_segment_ids"]}, ValueError, ["key_value_segment_ids"]),
+        (IDS | {"query_segment_ids": jnp.zeros((B, S), "int32")}, ValueError, ["[2, 5]", "[2, 8]"]),
+        (IDS | {"query_segment_ids": jnp.zeros((B, T))}, TypeError, ["query_segment_ids", "float"]),
+        (IDS | {"num_sink_tokens": 2}, ValueError, ["num_sink_tokens", "query_segment_ids"]),
+        ({"prefix_lengths": jnp.zeros((B,), "int32")}, ValueError, ["prefix_lengths", "is_causal"]),
+        (
+            {"bidirectional_spans": jnp.zeros((B, 1, 2), "int32")},
+            ValueError,
+            ["bidirectional_spans", "is_causal"],
+        ),
+        (
+            {"bidirectional_spans": jnp.zeros((B, 2), "int32"), "is_causal": True},
+            ValueError,
+            ["bidirectional_spans", "[2, 2]"],
+        ),
+    ],
+)
+def test_bad_features(bad, error, fragments):
+    raises(error, fragments, **arrays(), **bad)
 
 
-def test_dropout_is_not_yet_built():
-    dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
-    raises(NotImplementedError, ["dropout"], **arrays(), **dropout)
-
-
-def test_neutral_values_of_what_is_not_built():
-    neutral = {"logits_soft_cap": None, "alibi_slopes": None, "sinks": None, "num_sink_tokens": 0}
+def test_neutral_values():
+    neutral = {"logits_soft_cap": None, "alibi_slopes": None, "sinks": None, "num_sink_tokens": 3}
     neutral |= {"query_segment_ids": None, "key_value_segment_ids": None, "dropout_rate": 0.0}
-    assert_same_bits(attention(**arrays(), **neutral, dropout_key=None), attention(**arrays()))
+    assert_same_bits(
+        attention(**arrays(), **neutral, dropout_key=jax.random.key(1)), attention(**arrays())
+    )
 
 
 def test_unknown_argument():

@@ -6,8 +6,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from cases import LENGTHS, Case
-from compare import DIFFERENTIABLE, assert_same_bits
+from cases import INTEGERS, Case
+from compare import DIFFERENTIABLE, assert_same_bits, with_seeds
 from emulator import kernels
 from emulator.emulator import why_unavailable
 from oracle import attend, visible_keys
@@ -51,7 +51,7 @@ def visible(call):
     """bool [B, N, T, S]: which row sees which key."""
     arrays = call.arrays()
     (batch, q_len, heads, _), k_len = arrays["query"].shape, arrays["key"].shape[1]
-    lengths = {name: arrays[name] for name in LENGTHS if name in arrays}
+    lengths = {name: arrays[name] for name in INTEGERS if name in arrays}
     options = {name: value for name, value in call.static().items() if name != "scale"}
     sees = visible_keys(batch, q_len, k_len, **options, **lengths)[:, None]
     return np.broadcast_to(sees & arrays.get("mask", True), (batch, heads, q_len, k_len))
@@ -95,6 +95,7 @@ def oracle(call, gradients=True):
     """Fast, and right but for NaN in padding."""
     arrays, (d_out, d_lse) = call.arrays(), call.cotangents()
     cotangents = {"d_out": d_out, "d_lse": d_lse} if gradients else {}
+    arrays = with_seeds(arrays)
     return attend(**arrays, **call.static(), **cotangents, precision="float32")
 
 

@@ -120,11 +120,12 @@ struct ScoreArray {
 struct Call {
   int32_t batch, q_len, k_len, heads, kv_heads, head_dim, value_dim;
   int32_t bf16, deterministic, window_left, window_right, bottom_right;
+  int32_t num_sink_tokens, dropout_steps, span_count, sequences, slopes_by_entry, sinks_by_entry;
   void *q, *k, *v, *o, *lse, *device_scale, *q_lengths, *k_lengths, *d_o, *dq, *dk, *dv, *d_lse, *scratch;
+  void *alibi_slopes, *sinks, *dropout_seeds, *q_segments, *k_segments, *spans, *cu_q, *cu_k;
   ScoreArray bias, mask, d_bias;
   int64_t scratch_floats;
-  float scale;
-  int32_t unused;
+  float scale, soft_cap;
 };
 
 jfa::Tensor tensor(void* data, int64_t rows, int64_t heads, int64_t dim) {
@@ -172,6 +173,18 @@ jfa::Problem problem_of(const Call& c) {
   p.visibility.bottom_right = c.bottom_right != 0;
   p.visibility.q_lengths = static_cast<int*>(c.q_lengths);
   p.visibility.k_lengths = static_cast<int*>(c.k_lengths);
+  p.scores.soft_cap = c.soft_cap;
+  p.scores.alibi_slopes = {static_cast<float*>(c.alibi_slopes), c.slopes_by_entry ? c.heads : 0};
+  p.scores.sinks = {static_cast<float*>(c.sinks), c.sinks_by_entry ? c.heads : 0};
+  p.scores.dropout = {static_cast<uint32_t*>(c.dropout_seeds), uint32_t(c.dropout_steps)};
+  p.visibility.sink_tokens = c.num_sink_tokens;
+  p.visibility.q_segments = static_cast<int*>(c.q_segments);
+  p.visibility.k_segments = static_cast<int*>(c.k_segments);
+  p.visibility.spans = static_cast<int*>(c.spans);
+  p.visibility.span_count = c.span_count;
+  p.visibility.cu_q = static_cast<int*>(c.cu_q);
+  p.visibility.cu_k = static_cast<int*>(c.cu_k);
+  p.visibility.sequences = c.sequences;
   return p;
 }
 

@@ -4,6 +4,7 @@ import ctypes
 import math
 
 import numpy as np
+from compare import with_seeds
 from emulator.emulator import Device, FaultError, build
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -12,14 +13,28 @@ ELEMENT_TYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "bool": 3}  # Elemen
 
 _INTS = (
     "batch", "q_len", "k_len", "heads", "kv_heads", "head_dim", "value_dim", "bf16",
-    "deterministic", "window_left", "window_right", "bottom_right",
+    "deterministic", "window_left", "window_right", "bottom_right", "num_sink_tokens",
+    "dropout_steps", "span_count", "sequences", "slopes_by_entry", "sinks_by_entry",
 )  # fmt: skip
 _POINTERS = (
     "q", "k", "v", "o", "lse", "device_scale", "q_lengths", "k_lengths",
-    "d_o", "dq", "dk", "dv", "d_lse", "scratch",
+    "d_o", "dq", "dk", "dv", "d_lse", "scratch", "alibi_slopes", "sinks", "dropout_seeds",
+    "q_segments", "k_segments", "spans", "cu_q", "cu_k",
 )  # fmt: skip
 
 
+# Fields of Call by the names of the arrays that attention takes.
+_ARRAYS = {
+    "query_seq_lengths": "q_lengths",
+    "key_value_seq_lengths": "k_lengths",
+    "alibi_slopes": "alibi_slopes",
+    "sinks": "sinks",
+    "dropout_seeds": "dropout_seeds",
+    "query_segment_ids": "q_segments",
+    "key_value_segment_ids": "k_segments",
+    "cu_seqlens_q": "cu_q",
+    "cu_seqlens_k": "cu_k",
+}
 _GRADIENTS = ("query", "key", "value")
 
 
@@ -36,7 +51,7 @@ class _Call(ctypes.Structure):
     _fields_ = [(n, ctypes.c_int32) for n in _INTS] + [(n, ctypes.c_void_p) for n in _POINTERS]
     _fields_ += [(n, _ScoreArray) for n in ("bias", "mask", "d_bias")]
     _fields_ += [("scratch_floats", ctypes.c_int64)]
-    _fields_ += [("scale", ctypes.c_float), ("unused", ctypes.c_int32)]
+    _fields_ += [("scale", ctypes.c_float), ("soft_cap", ctypes.c_float)]
 
 
 class Results(dict):
@@ -80,7 +95,9 @@ def library(head_dim, edits=(), only=None, dtype=None):
 
 def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_cotangent=True,
         family="sm80", edits=(), **device):  # fmt: skip
-    """Runs forward and backward of a case; Results, without the gradient of a scale.
+    """Runs forward and backward of a case; Results, without the gradients of a scale and of sinks.
+
+    A case's arrays may hold cu_seqlens_q and cu_seqlens_k, [batch, sequences + 1] each.
 
     Args:
       case: a Case.
@@ -96,7 +113,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
     Raises:
       FaultError: a kernel did what no kernel may, or the call was refused.
     """
-    arrays, static = case.arrays(dtype), case.static()
+    arrays, static = with_seeds(case.arrays(dtype)), case.static()
     query, key, value = arrays["query"], arrays["key"], arrays["value"]
     batch, q_len, heads, head_dim = query.shape
     bias, mask = arrays.get("bias"), arrays.get("mask")
@@ -110,7 +127,17 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         "window_left": left, "window_right": right,
         "bottom_right": static.get("causal_alignment") == "bottom_right",
         "scale": scale if device_scale is None else 1.0,
+        "soft_cap": static.get("logits_soft_cap") or 0.0,
+        "num_sink_tokens": 0 if left == UNBOUNDED else static.get("num_sink_tokens", 0),
+        "dropout_steps": round(static.get("dropout_rate", 0) * 2**16),
     }  # fmt: skip
+    spans = _spans(arrays)
+    if spans is not None:
+        values["span_count"] = spans.shape[1]
+    if "cu_seqlens_q" in arrays:
+        values["sequences"] = arrays["cu_seqlens_q"].shape[1] - 1
+    for name, field in (("alibi_slopes", "slopes_by_entry"), ("sinks", "sinks_by_entry")):
+        values[field] = np.ndim(arrays.get(name)) == 2
     call = _Call(**values)
     dim = next(d for d in HEAD_DIMS if d >= max(head_dim, value.shape[3]))
 
@@ -119,8 +146,9 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         call.q, call.k, call.v = (memory.input(n, arrays[n]) for n in ("query", "key", "value"))
         if device_scale is not None:
             call.device_scale = memory.input("scale", np.reshape(device_scale, 1))
-        call.q_lengths = memory.input("query_seq_lengths", arrays.get("query_seq_lengths"))
-        call.k_lengths = memory.input("key_value_seq_lengths", arrays.get("key_value_seq_lengths"))
+        for name, field in _ARRAYS.items():
+            setattr(call, field, memory.input(name, arrays.get(name)))
+        call.spans = memory.input("spans", spans)
         call.bias = _scores(memory.input("bias", bias), bias)
         call.mask = _scores(memory.input("mask", mask), mask)
 
@@ -169,6 +197,15 @@ def _add_scratch(memory, call, family, name, is_backward=False):
         raise FaultError(memory.session.fault.decode())
     scratch = np.full(call.scratch_floats, np.nan, np.float32)
     call.scratch = memory.output(name, scratch, scratch=True)
+
+
+def _spans(arrays):
+    """What bidirectional() of _options.py makes of prefixes and spans."""
+    spans, prefixes = arrays.get("bidirectional_spans"), arrays.get("prefix_lengths")
+    if prefixes is None:
+        return spans
+    prefix = np.stack([np.zeros_like(prefixes), prefixes], axis=-1)[:, None]
+    return prefix if spans is None else np.concatenate([prefix, spans], axis=1)
 
 
 def _window(is_causal=False, local_window_size=None, **_):
