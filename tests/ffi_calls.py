@@ -11,7 +11,7 @@ from jax_flashattn._options import Operands, Options
 
 ABSENT = {"bias": "f4", "mask": "?", "scale": "f4", "q_lengths": "i4", "k_lengths": "i4"}
 ABSENT |= {"alibi_slopes": "f4", "sinks": "f4", "dropout_seeds": "u4"}
-ABSENT |= {name: "i4" for name in ("q_segments", "k_segments", "spans", "cu_q", "cu_k")}
+ABSENT |= dict.fromkeys(("q_segments", "k_segments", "spans", "cu_q", "cu_k"), "i4")
 FORWARD = ("query", "key", "value", *ABSENT)
 BACKWARD = (*FORWARD, "out", "lse", "d_out", "d_lse")
 FORWARD_RESULTS = ("out", "lse")
