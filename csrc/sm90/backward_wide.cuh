@@ -218,7 +218,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       const float scale = ScoreRule<kGeneral>(a.p.scores, item.batch, 0).scale;
       store_key_gradient<Element>(item, out, scale, a.g.dk, shape.k_len, shape.head_dim);
     }
-    arrive_for_warp(item_free + 8 * slot);
+    arrive_for_lane(item_free + 8 * slot);
   };
 
   bool more = take_item();
@@ -281,8 +281,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
   if (thread_index() == 0) {
     for (int n = 0; n < kBackwardWideItems; ++n) {
       mbarrier_init(shared_address(&smem.item_full[n]), 1);
-      // The warps that compute, the second that loads, and in the first block of a cluster that of the other's queries.
-      mbarrier_init(shared_address(&smem.item_free[n]), Shape::kCluster > 1 && cluster_rank() == 0 ? 10 : 9);
+      // Each lane that computes, or of the second warp that loads; in the first block of a cluster also the other's
+      // warp of queries.
+      const bool draws_for_other = Shape::kCluster > 1 && cluster_rank() == 0;
+      mbarrier_init(shared_address(&smem.item_free[n]), 9 * kWarpThreads + draws_for_other);
       mbarrier_init(shared_address(&smem.drawn_ready[n]), 1);
     }
     mbarrier_init(shared_address(&smem.k_full), 1);

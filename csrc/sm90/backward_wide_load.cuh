@@ -106,8 +106,9 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 #pragma unroll 1
   while (true) {
     const uint32_t item_bytes = items + item_at.slot * kBackwardWideItemWords * 4;
+    BackwardWideItem item;
     if constexpr (kOfQueries) {
-      const BackwardWideItem item = backward_wide_item<Shape>(a, number, rank);
+      item = backward_wide_item<Shape>(a, number, rank);
       mbarrier_wait(item_free + 8 * item_at.slot, item_at.parity);
       if (lane_index() == 0) {
         store_item(item_bytes, item);
@@ -116,9 +117,9 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       warp_barrier();
     } else {
       mbarrier_wait(item_full + 8 * item_at.slot, item_at.parity);
+      item = load_item<BackwardWideItem>(item_bytes);
+      arrive_for_lane(item_free + 8 * item_at.slot);
     }
-    const BackwardWideItem item = load_item<BackwardWideItem>(item_bytes);
-    if constexpr (!kOfQueries) arrive_for_warp(item_free + 8 * item_at.slot);
     if (item.first_key < 0) break;
     bool first = true;
 #pragma unroll 1
