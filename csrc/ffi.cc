@@ -176,20 +176,27 @@ XLA_FFI_DEFINE_HANDLER(kBackward, run_backward,
 nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
 nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int kv_heads, int head_dim, int value_dim,
-              bool bf16, bool general, bool has_lengths, bool soft_cap, int num_sink_tokens, bool alibi_slopes,
-              bool sinks, bool dropout_seeds, bool query_segment_ids, bool spans, bool cu_seqlens_q, int window_left,
-              int window_right, bool bias_gradient, bool deterministic, const std::string& family,
-              int compute_capability, int64_t shared_memory_bytes) {
+              bool bf16, bool mask, bool device_scale, const nb::tuple& bias, bool has_lengths, bool soft_cap,
+              int num_sink_tokens, bool alibi_slopes, bool sinks, bool dropout_seeds, bool query_segment_ids,
+              bool spans, bool cu_seqlens_q, int window_left, int window_right, bool bias_gradient, bool deterministic,
+              const std::string& family, int compute_capability, int64_t shared_memory_bytes) {
   Problem p;
   p.shape = {batch, q_len, k_len, heads, kv_heads, head_dim, value_dim};
   p.type = bf16 ? ElementType::kBfloat16 : ElementType::kHalf;
   p.visibility.window_left = window_left;
   p.visibility.window_right = window_right;
   Gradients g;
-  float present = 0.0f;
+  alignas(16) float present = 0.0f;
   const int length = 0;
   const uint32_t seed = 0;
-  if (general) p.scores.mask.data = &present;
+  if (mask) p.scores.mask.data = &present;
+  if (device_scale) p.scores.device_scale = &present;
+  if (nb::len(bias) != 0) {
+    p.scores.bias.data = &present;
+    p.scores.bias.type = nb::cast<bool>(bias[0]) ? p.type : ElementType::kFloat;
+    p.scores.bias.q_len = nb::cast<int>(bias[1]);
+    p.scores.bias.k_len = nb::cast<int>(bias[2]);
+  }
   if (has_lengths) p.visibility.k_lengths = &length;
   if (soft_cap) p.scores.soft_cap = 1.0f;
   if (alibi_slopes) p.scores.alibi_slopes.data = &present;
@@ -247,11 +254,12 @@ NB_MODULE(_ext, m) {
   });
   m.def("build_info", &build_info);
   m.def("plan", &plan, nb::arg("backward"), nb::arg("batch"), nb::arg("q_len"), nb::arg("k_len"), nb::arg("heads"),
-        nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("bf16"), nb::arg("general"),
-        nb::arg("has_lengths"), nb::arg("soft_cap"), nb::arg("num_sink_tokens"), nb::arg("alibi_slopes"),
-        nb::arg("sinks"), nb::arg("dropout_seeds"), nb::arg("query_segment_ids"), nb::arg("spans"),
-        nb::arg("cu_seqlens_q"), nb::arg("window_left"), nb::arg("window_right"), nb::arg("bias_gradient"),
-        nb::arg("deterministic"), nb::arg("family"), nb::arg("compute_capability"), nb::arg("shared_memory_bytes"));
+        nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("bf16"), nb::arg("mask"),
+        nb::arg("device_scale"), nb::arg("bias"), nb::arg("has_lengths"), nb::arg("soft_cap"),
+        nb::arg("num_sink_tokens"), nb::arg("alibi_slopes"), nb::arg("sinks"), nb::arg("dropout_seeds"),
+        nb::arg("query_segment_ids"), nb::arg("spans"), nb::arg("cu_seqlens_q"), nb::arg("window_left"),
+        nb::arg("window_right"), nb::arg("bias_gradient"), nb::arg("deterministic"), nb::arg("family"),
+        nb::arg("compute_capability"), nb::arg("shared_memory_bytes"));
 }
 
 }  // namespace jfa

@@ -105,7 +105,7 @@ def plan(
 
     Raises NotImplementedError, saying why, where they cannot serve the call.
     """
-    query, key, value = operands[:3]
+    query, key, value, bias = operands[:4]
     if query.dtype == np.float32:
         raise NotImplementedError("the kernels take float16 and bfloat16, and query is float32")
     if extension is None:
@@ -130,7 +130,9 @@ def plan(
             head_dim=head_dim,
             value_dim=value_dim,
             bf16=str(query.dtype) == "bfloat16",
-            general=any(x is not None for x in (operands.bias, operands.mask, operands.scale)),
+            mask=operands.mask is not None,
+            device_scale=operands.scale is not None,
+            bias=() if bias is None else (bias.dtype == query.dtype, *bias.shape[2:]),
             has_lengths=operands[6:8] != (None, None),
             soft_cap=options.soft_cap is not None,
             num_sink_tokens=options.num_sink_tokens,

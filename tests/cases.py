@@ -155,6 +155,13 @@ def _bias_and_mask():
         name = "bias-rank-" + "x".join(map(str, shape or ("scalar",)))
         yield Case(name, t, s, bias=shape, head_dim=16)
     yield Case("bias-in-query-dtype", t, s, bias=(1, n, t, s), bias_dtype=None)
+    for shape in ((1, n, 150, 264), (b, 1, 150, 264)):  # rows that TMA can copy
+        yield Case(
+            "bias-aligned-" + "x".join(map(str, shape)), 150, 264, bias=shape, bias_dtype=None
+        )
+    ends = {"query_seq_lengths": (130, 20), "key_value_seq_lengths": (200, 77), "is_causal": True}
+    yield Case("bias-aligned-lengths", 150, 200, heads=4, kv_heads=2, bias=(b, 4, 150, 200),
+               bias_dtype=None, options=ends | {"local_window_size": (70, None)})  # fmt: skip
     yield Case("bias-causal", 129, bias=(1, 2, 129, 129), options={"is_causal": True})
     for shape in (
         (b, n, t, s),

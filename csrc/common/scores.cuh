@@ -63,6 +63,17 @@ struct ScoreRule {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
   }
+  // The same where there is no mask, and the bias, if any, lies in shared memory already: bias.add() adds it to scores
+  // in log2 units.
+  template <int kRows, int kCols, class StagedBias>
+  __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at,
+                                               const Sequence& sequence, bool whole, const StagedBias& bias) const {
+    to_log2_units(s);
+    if (bias.present()) bias.add(s);
+    if (whole) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+  }
   // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
   template <int kRows, int kCols>
   __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
@@ -77,6 +88,14 @@ struct ScoreRule {
   }
 
  private:
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void to_log2_units(Fragment<kRows, kCols>& s) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
+    }
+  }
   // Keeps of one row the columns of an interval.
   template <int kRows, int kCols>
   __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
@@ -97,11 +116,7 @@ struct ScoreRule {
                                                       const Sequence& sequence, bool whole,
                                                       ScoreWords<kCols>& words) const {
     if constexpr (kGeneral) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
-      }
+      to_log2_units(s);
       const auto combine = [&](const ScoreTensor& tensor, bool loaded, const auto& with) {
         if (tensor.data == nullptr) return;
         const ScoreReader<kTransposed> reader(tensor, b, h, at);

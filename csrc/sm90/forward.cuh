@@ -9,6 +9,7 @@
 
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
+#include "sm90/forward_bias.cuh"
 #include "sm90/forward_store.cuh"
 #include "sm90/forward_work.cuh"
 
@@ -208,7 +209,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
   Fragment<2, Shape::kValueDim / 4> o;
-  ScoreWords<kScoreCols> ahead;  // of general scores
+  constexpr bool kReads = kGeneral && !Shape::kStagesBias;  // bias and mask, straight from memory
+  ScoreWords<kScoreCols> ahead;                             // of them
+  uint32_t bias_parity = 0;
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
 
@@ -226,7 +229,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
     unmasked = Sequence(a.p.visibility, item.q_len, item.k_len).keys_of_all_rows(row, row + 16);
-    if (kGeneral && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
+    if (kReads && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
     softmax.start_row_sums();
   };
   const auto take_query = [&] {
@@ -269,9 +272,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   const auto pass_turn = [&] {
     named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
   };
-  // What general scores want from memory for the current tile of keys, of the item that was taken last.
+  // What scores want from memory for the current tile of keys, of the item that was taken last.
   const auto load_ahead = [&] {
-    if constexpr (kGeneral) {
+    if constexpr (kReads) {
       const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
       rule.load_ahead(ahead, Position<>(item.first_row + (warp_index() - 4) * 16, j),
@@ -286,8 +289,14 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
       const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
       const int row = item.first_row + (warp_index() - 4) * 16;
-      rule.apply(s, Position<>(row, j), sequence, rule.is_whole(unmasked, j, j + Shape::kK), ahead);
-      if (const int next = j + Shape::kK; kGeneral && next < end) {
+      const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
+      if constexpr (Shape::kStagesBias) {
+        const StagedBias<Element, Shape> bias(a, smem, bias_parity);
+        rule.apply_staged(s, Position<>(row, j), sequence, whole, bias);
+      } else {
+        rule.apply(s, Position<>(row, j), sequence, whole, ahead);
+      }
+      if (const int next = j + Shape::kK; kReads && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }
@@ -377,7 +386,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
   if (thread_index() == 0) {
     mbarrier_init(shared_address(&smem.item_ready), 1);
     mbarrier_init(shared_address(&smem.q_full), 1);
-    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * 4);
+    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * 4 + a.has_bias);  // and who loads the bias
+    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+      mbarrier_init(shared_address(&smem.bias_full[w]), 1);
+      mbarrier_init(shared_address(&smem.bias_free[w]), 4);
+    }
     for (int slot = 0; slot < Shape::kSlots; ++slot) {
       mbarrier_init(shared_address(&smem.full[slot]), 1);
       mbarrier_init(shared_address(&smem.landed[slot]), 1);
@@ -394,6 +407,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
   if (warp_index() < 4) {
     shrink_registers<Shape::kLoadRegisters>();
     if (warp_index() == 0) load_forward<Shape>(a, smem);
+    if constexpr (Shape::kStagesBias) {
+      if (a.has_bias && warp_index() == 1) load_bias<Shape>(a, smem);
+    }
   } else {
     grow_registers<Shape::kComputeRegisters>();
     compute_forward<Element, Shape, kGeneral>(a, smem);

@@ -30,7 +30,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   }
   if constexpr (Shape::kStoreByTma) {
     using Output = typename ForwardSmem<Shape>::Output;
-    const uint32_t to = shared_address(smem.o.warp) + warp * Output::kBytes;
+    const uint32_t to = shared_address(smem.staged.output) + warp * Output::kBytes;
     if (elect_one()) tma_store_wait_read();  // of the previous item
     warp_barrier();
 #pragma unroll

@@ -15,10 +15,11 @@ namespace jfa::sm90 {
 constexpr int kOutputRows = 16;  // of a warp: it stores them by itself
 
 struct ForwardArguments {
-  TensorMap q, k, v, o;
+  TensorMap q, k, v, o, bias;
   Problem p;
   WorkOrder order;
   uint32_t* counter;  // of items drawn; 0 before and after
+  bool has_bias;      // that comes by TMA, in tiles
 };
 
 // One item as the roles see it: computed once, by the warp that loads.
@@ -34,17 +35,25 @@ constexpr int kItemBytes = 32;
 
 template <class Shape>
 struct ForwardSmem {
-  struct Empty {};
   using Output = Tile<kOutputRows, Shape::kValueDim>;
+  using Bias = Tile<kWarpgroupRows, Shape::kK>;
   struct Outputs {
-    Output warp[Shape::kWarpgroups * 4];
+    Output output[Shape::kWarpgroups * 4];  // of each warp
   };
+  struct Biases {
+    Bias bias[Shape::kWarpgroups];
+  };
+  struct NoOutputs {};
+  struct NoBiases {};
+  struct Staged : std::conditional_t<Shape::kStagesBias, Biases, NoBiases>,
+                  std::conditional_t<Shape::kStoreByTma, Outputs, NoOutputs> {};
 
   Tile<Shape::kQ, Shape::kHeadDim> q;
   alignas(kSwizzleBytes) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
-  std::conditional_t<Shape::kStoreByTma, Outputs, Empty> o;
+  Staged staged;
   alignas(8) uint64_t item_ready, q_full, q_free;  // q_free: also the item has been read
   uint64_t full[Shape::kSlots], free[Shape::kSlots];
+  uint64_t bias_full[Shape::kWarpgroups], bias_free[Shape::kWarpgroups];
   // A tile of V that has to be cleaned before it is full. The other block of a cluster may already load the next one.
   uint64_t landed[Shape::kSlots];
   uint64_t drawn_ready[kItems];  // in the second block of a cluster: the number that the first has drawn for both

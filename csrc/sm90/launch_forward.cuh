@@ -25,6 +25,13 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (status.ok())
     status = make_tensor_map(a.v, has_keys ? p.v : p.o, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
   if (status.ok()) status = make_tensor_map(a.o, p.o, p.type, s.value_dim, s.q_len, s.heads, s.batch, kOutputRows);
+  a.has_bias = Shape::kStagesBias && p.scores.bias.data != nullptr;
+  if (status.ok() && a.has_bias) {
+    const ScoreTensor& bias = p.scores.bias;
+    const int64_t plane = int64_t(bias.q_len) * bias.k_len;
+    const Tensor planes = {bias.data, bias.heads * plane, bias.k_len, plane};
+    status = make_tensor_map(a.bias, planes, p.type, bias.k_len, bias.q_len, bias.heads, bias.batch, kWarpgroupRows);
+  }
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before

@@ -19,7 +19,7 @@ constexpr int kWarpgroupRows = 64;  // M of wgmma
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1>
+          int kCluster_ = 1, bool kStagesBias_ = false>
 struct ForwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -29,7 +29,9 @@ struct ForwardTile {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
+  static constexpr int kClusterQ = kCluster * kQ;    // rows of one item
+  static constexpr bool kStagesBias = kStagesBias_;  // has a place for a tile of a bias
+  static_assert(!kStagesBias || kCluster == 1, "the blocks of a cluster do not load biases for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -47,29 +49,35 @@ struct ForwardTile {
   static constexpr int kQueryBytes = 2 * kQ * kWideHeadDim;
   static constexpr int kSlotBytes = 2 * kK * (kWideHeadDim > kWideValueDim ? kWideHeadDim : kWideValueDim);
   static constexpr int kOutputBytes = 2 * kQ * kWideValueDim;
+  static constexpr int kBiasBytes = kStagesBias ? 2 * kQ * ((kK + 63) / 64 * 64) : 0;
   static constexpr int kBarrierBytes = 1024;
+  static constexpr int kBytesBeforeOutput = kQueryBytes + kSlots * kSlotBytes + kBiasBytes + kBarrierBytes;
   // Outputs leave by TMA, through a place of their own, where there is room for it.
-  static constexpr bool kStoreByTma =
-      kQueryBytes + kSlots * kSlotBytes + kOutputBytes + kBarrierBytes <= kSharedMemoryLimit;
-  static constexpr int kSharedBytes =
-      kQueryBytes + kSlots * kSlotBytes + (kStoreByTma ? kOutputBytes : 0) + kBarrierBytes;
+  static constexpr bool kStoreByTma = kBytesBeforeOutput + kOutputBytes <= kSharedMemoryLimit;
+  static constexpr int kSharedBytes = kBytesBeforeOutput + (kStoreByTma ? kOutputBytes : 0);
 };
 
-// For each pair of head dim and value dim: what each kind of call runs. Figures are TFLOP/s on an H200, 16384 tokens x
-// 2048 columns in all, against the next best tile tried.
+template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
+using FormulaTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, true>;
+
+// For each pair of head dim and value dim: what each kind of call runs. General scores are worked out by a formula,
+// with a bias that comes by TMA, or read from memory by the threads that use them. Figures are TFLOP/s on an H200,
+// 16384 tokens x 2048 columns in all, against the next best tile tried.
 template <int kHeadDim, int kValueDim>
 struct ForwardTiles {
   using Dense = ForwardTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Long = Dense;
   using Short = Dense;
+  using Formula = FormulaTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using General = Dense;
 };
 
 template <>
 struct ForwardTiles<64, 64> {
-  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;   // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
-  using Long = ForwardTile<64, 64, 3, 96, 6, true>;      // causal 4k: 438 (2x128: 431), 16k: 513 (472)
-  using Short = ForwardTile<64, 64, 2, 128, 6, true>;    // causal 1k: 330 (3x96: 289)
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;     // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;   // causal 1k: 330 (3x96: 289)
+  using Formula = FormulaTile<64, 64, 2, 128, 6, true>;
   using General = ForwardTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
@@ -77,6 +85,7 @@ struct ForwardTiles<96, 96> {
   using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 4k: 581 (without cluster 561)
   using Long = Dense;                                     // causal 4k: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
+  using Formula = FormulaTile<96, 96, 2, 128, 4, true>;
   using General = ForwardTile<96, 96, 2, 96, 5, false>;
 };
 template <>
@@ -84,6 +93,7 @@ struct ForwardTiles<128, 128> {
   using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
   using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
+  using Formula = FormulaTile<128, 128, 2, 128, 4, true>;
   using General = ForwardTile<128, 128, 2, 96, 5, false>;
 };
 template <>
@@ -91,6 +101,7 @@ struct ForwardTiles<192, 128> {
   using Dense = ForwardTile<192, 128, 2, 128, 3, false>;  // causal 8k: 620; no other tile was tried
   using Long = Dense;
   using Short = Dense;
+  using Formula = FormulaTile<192, 128, 2, 64, 6, false>;
   using General = ForwardTile<192, 128, 2, 64, 6, false>;
 };
 template <>
@@ -98,6 +109,7 @@ struct ForwardTiles<192, 192> {
   using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 4k: 703 (2x64: 697)
   using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal 4k: 564 (2x96: 536)
   using Short = Long;
+  using Formula = FormulaTile<192, 192, 2, 64, 5, false>;
   using General = Long;
 };
 template <>
@@ -105,10 +117,21 @@ struct ForwardTiles<256, 256> {
   using Dense = ForwardTile<256, 256, 2, 96, 3, false>;    // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;  // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;    // causal 1k: 432 (with cluster 425)
+  using Formula = FormulaTile<256, 256, 2, 48, 5, false>;
   using General = ForwardTile<256, 256, 2, 32, 6, false>;
 };
 
-enum class ForwardKind { kDense, kLong, kShort, kGeneral };
+enum class ForwardKind { kDense, kLong, kShort, kFormula, kGeneral };
+
+// Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
+// of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
+inline bool reads_scores(const Problem& p) {
+  const ScoreTensor& bias = p.scores.bias;
+  if (p.scores.mask.data != nullptr) return true;
+  if (bias.data == nullptr) return false;
+  return bias.type != p.type || bias.q_len == 1 || bias.k_len == 1 || bias.k_len % 8 != 0 ||
+         reinterpret_cast<uintptr_t>(bias.data) % 16 != 0;
+}
 
 // All query tiles see all keys.
 inline bool is_dense(const Problem& p) {
@@ -121,7 +144,7 @@ inline bool is_dense(const Problem& p) {
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p.scores)) return ForwardKind::kGeneral;
+  if (is_general(p.scores)) return reads_scores(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;

@@ -1,0 +1,83 @@
+// The bias of the Hopper forward, where TMA can copy it: a warp of its own loads, for each warpgroup that computes,
+// that one's tile of 64 rows; it is read while products become scores, and given back at once.
+#pragma once
+
+#include "sm90/forward_work.cuh"
+
+namespace jfa::sm90 {
+
+// The role of the warp that loads the bias, along all items.
+template <class Shape>
+__device__ __forceinline__ void load_bias(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
+  using Bias = typename ForwardSmem<Shape>::Bias;
+  const ScoreTensor& bias = a.p.scores.bias;
+  uint32_t parity = 1;
+#pragma unroll 1
+  for (unsigned taken = 0;; ++taken) {
+    mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
+    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
+    if (item.first_row < 0) break;
+    arrive_for_warp(shared_address(&smem.q_free));  // the item has been read
+    const int head = bias.heads > 1 ? item.head : 0, batch = bias.batch > 1 ? item.batch : 0;
+#pragma unroll 1
+    for (int t = 0; t < item.key_tiles; ++t) {
+#pragma unroll 1
+      for (int w = 0; w < Shape::kWarpgroups; ++w) {
+        mbarrier_wait(shared_address(&smem.bias_free[w]), parity);
+        if (!elect_one()) continue;
+        const uint32_t full = shared_address(&smem.bias_full[w]), to = shared_address(smem.staged.bias[w].bytes);
+        mbarrier_arrive_expect(full, Bias::kBytes);
+#pragma unroll
+        for (int c = 0; c < Bias::kChunks; ++c) {
+          tma_load(to + c * Bias::kChunkBytes, a.bias, full, item.first_key + t * Shape::kK + c * kChunkCols,
+                   item.first_row + w * kWarpgroupRows, head, batch);
+        }
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+// The current tile of the bias, of this warp's 16 rows; ScoreRule adds it.
+template <class Element, class Shape>
+struct StagedBias {
+  using Bias = typename ForwardSmem<Shape>::Bias;
+  uint32_t place = 0;  // 0: there is no bias
+  uint32_t free;
+
+  __device__ __forceinline__ StagedBias(const ForwardArguments& a, const ForwardSmem<Shape>& smem, uint32_t& parity) {
+    if (!a.has_bias) return;
+    const int warpgroup = warp_index() / 4 - 1;
+    mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);
+    parity ^= 1;
+    place = shared_address(smem.staged.bias[warpgroup].bytes) + warp_index() % 4 * 16 * kRowBytes;
+    free = shared_address(&smem.bias_free[warpgroup]);
+  }
+
+  __device__ __forceinline__ bool present() const { return place != 0; }
+
+  template <int kCols>
+  __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
+    constexpr int kAtOnce = kCols % 8 == 0 ? 2 : 1;  // blocks of 16 columns
+    const int row = lane_index() % 16;
+#pragma unroll
+    for (int first = 0; first < kCols / 4; first += kAtOnce) {
+      uint32_t pairs[kAtOnce][4];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        load_matrix_x4(pairs[n], place + Bias::offset_bytes(row, 2 * (first + n) + lane_index() / 16));
+      }
+      settle_loads(pairs);
+#pragma unroll
+      for (int n = 0; n < kAtOnce * 4; ++n) {
+        const float2 pair = unpack<Element>(pairs[n / 4][n % 4]);
+        float* x = &s.v[n % 2][4 * first + n / 2 * 2];
+        x[0] = fmaf(kLog2e, pair.x, x[0]);
+        x[1] = fmaf(kLog2e, pair.y, x[1]);
+      }
+    }
+    arrive_for_warp(free);
+  }
+};
+
+}  // namespace jfa::sm90
