@@ -286,7 +286,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
       const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
       const int row = item.first_row + (warp_index() - 4) * 16;
-      rule.apply(s, Position<>(row, j), sequence, rule.is_whole(unmasked, j, j + Shape::kK), ahead);
+      NoSlopes none;
+      rule.apply(s, Position<>(row, j), sequence, rule.is_whole(unmasked, j, j + Shape::kK), ahead, none);
       if (const int next = j + Shape::kK; kGeneral && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
