@@ -26,9 +26,6 @@ int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape
 
 // What only the reference has so far.
 std::string unbuilt(const Problem& p) {
-  if (p.scores.soft_cap != 0.0f) return "logits_soft_cap";
-  if (p.scores.alibi_slopes.data != nullptr) return "alibi_slopes";
-  if (p.scores.sinks.data != nullptr) return "sinks";
   if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
   if (p.visibility.sink_tokens > 0) return "num_sink_tokens";
   if (p.visibility.q_segments != nullptr) return "query_segment_ids";
@@ -91,8 +88,9 @@ Status choose_family(const std::string& name, const Device& device, Family& fami
 
 Status finish_plan(const Problem& p, const Family& family, const Device& device, Plan& plan) {
   plan.family = family.hopper ? "sm90" : "sm80";
-  plan.why =
-      family.why + (is_general(p.scores) ? "; bias, mask or a scale on the device: general scores" : "; plain scores");
+  plan.why = family.why + (is_general(p.scores)
+                               ? "; bias, mask, soft cap, ALiBi, dropout or a scale on the device: general scores"
+                               : "; plain scores");
   if (plan.shared_memory_bytes > device.shared_memory_bytes) {
     return Status::Unimplemented(
         "head dim " + std::to_string(plan.head_dim) + " needs " + std::to_string(plan.shared_memory_bytes) +

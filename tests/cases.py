@@ -287,9 +287,6 @@ CASES = {case.name: case for group in GROUPS for case in group()} | {EVERYTHING.
 
 # What only the reference has so far; attention.cc refuses it.
 UNBUILT = (
-    "logits_soft_cap",
-    "alibi",
-    "sinks",
     "dropout_rate",
     "num_sink_tokens",
     "query_segment_ids",

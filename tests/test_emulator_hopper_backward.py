@@ -26,6 +26,13 @@ CASES_OF_GRADIENTS = (
     "lengths-both",
     "lengths-causal-bottom-right",
     "lengths-window-bottom-right",
+    "cap",
+    "cap-bias-mask",
+    "cap-traced-scale-gqa",
+    "alibi-causal-bottom-right",
+    "alibi-lengths",
+    "sinks-lengths",
+    "sinks-everything",
 )
 
 

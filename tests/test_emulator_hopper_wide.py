@@ -40,6 +40,13 @@ SOME = (
     "bias-causal",
     "mask-bias",
     "scale-traced-negative",
+    "cap",
+    "cap-bias-mask",
+    "cap-traced-scale-gqa",
+    "alibi-causal-bottom-right",
+    "alibi-lengths",
+    "sinks-of-rows-without-keys",
+    "sinks-everything",
     "everything",
 )
 IN_CLUSTERS = (
@@ -53,6 +60,7 @@ IN_CLUSTERS = (
     "lengths-window-bottom-right",
     "lengths-all-zero",
     "gqa-6-3-causal",
+    "sinks-lengths",
     "everything",
 )
 CLUSTER_DIMS = (256, 256)  # what plain scores run in clusters of two blocks

@@ -168,4 +168,18 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// With relative error 2^-11 (9.7.3.22 tanh): one instruction of the unit that also computes exponentials.
+__device__ __forceinline__ float tanh_approximate(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 - x^2, kept within [0, 1]; NaN becomes 0 (9.7.3.6 fma, with .sat).
+__device__ __forceinline__ float one_minus_square(float x) {
+  float y;
+  asm("fma.rn.sat.f32 %0, %1, %2, 0f3F800000;" : "=f"(y) : "f"(-x), "f"(x));
+  return y;
+}
+
 }  // namespace jfa

@@ -1,6 +1,7 @@
 // From products q.k to masked scores. Two forms, chosen at compile time:
 //   plain    scores stay raw products; the scale is folded into the exponent: p = 2^(s factor - m factor)
-//   general  scores are brought to log2 units first: s = (scale q.k + bias) log2(e), and factor is 1
+//   general  s = (cap(scale q.k) + bias - slope |distance|) log2(e), with cap(x) = c tanh(x / c), and factor is 1;
+//            where nothing is added, the last multiplication is left to the exponent, as in the plain form
 // Masks are selects of -inf and come last, so nothing that is masked, NaN included, survives.
 #pragma once
 
@@ -10,6 +11,35 @@
 #include "common/sequence.cuh"
 
 namespace jfa {
+
+// Derivatives of the soft cap at a fragment's scores, which their gradients are multiplied by. In half precision: two
+// share a register, and gradients are rounded to 16 bits as well.
+template <int kRows, int kCols>
+struct CapSlopes {
+  uint32_t v[kRows][kCols / 2];
+
+  // Of columns c and c + 1, given tanh. Never NaN, so that what a mask makes 0 stays 0.
+  __device__ __forceinline__ void keep(int r, int c, float tanh, float next) {
+    v[r][c / 2] = pack<__half>(one_minus_square(tanh), one_minus_square(next));
+  }
+  __device__ __forceinline__ float2 at(int r, int c) const { return unpack<__half>(v[r][c / 2]); }
+
+  __device__ __forceinline__ void multiply_into(Fragment<kRows, kCols>& ds) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; c += 2) {
+        const float2 slope = at(r, c);
+        ds.v[r][c] *= slope.x;
+        ds.v[r][c + 1] *= slope.y;
+      }
+    }
+  }
+};
+// For those who do not want them.
+struct NoSlopes {
+  __device__ __forceinline__ void keep(int, int, float, float) {}
+};
 
 // The scores of one batch entry and head.
 template <bool kGeneral>
@@ -27,7 +57,12 @@ struct ScoreRule {
     factor_log2 = factor_of(scores);
   }
   __device__ __forceinline__ static float factor_of(const Scores& scores) {
-    return kGeneral ? 1.0f : scores.scale * kLog2e;
+    if (kGeneral && (has_terms(scores) || (scores.soft_cap == 0.0f && scores.device_scale != nullptr))) return 1.0f;
+    return (kGeneral && scores.soft_cap != 0.0f ? scores.soft_cap : scores.scale) * kLog2e;
+  }
+  // Whether anything is added to products, so that they have to be in log2 units.
+  __device__ __forceinline__ static bool has_terms(const Scores& scores) {
+    return scores.bias.data != nullptr || scores.alibi_slopes.data != nullptr;
   }
 
   // `all` is the interval of keys that no row of the fragment masks; [begin, end) the keys of the tile.
@@ -46,19 +81,19 @@ struct ScoreRule {
     if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, at, sequence, whole);
   }
 
-  // Products to scores, in place. Call it where needs_mask() holds.
-  template <int kRows, int kCols>
-  __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at,
-                                        const Sequence& sequence) const {
+  // Products to scores, in place. Call it where needs_mask() holds. Slopes are CapSlopes or NoSlopes.
+  template <int kRows, int kCols, class Slopes>
+  __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
+                                        Slopes& slopes) const {
     ScoreWords<kCols> words;
     if constexpr (kGeneral) load_ahead(words, at, sequence, false);
-    apply(s, at, sequence, false, words);
+    apply(s, at, sequence, false, words, slopes);
   }
   // The same with what load_ahead() has loaded.
-  template <int kRows, int kCols>
+  template <int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
-                                        bool whole, ScoreWords<kCols>& words) const {
-    scale_bias_and_mask<false>(s, at, sequence, whole, words);
+                                        bool whole, ScoreWords<kCols>& words, Slopes& slopes) const {
+    compute_scores<false>(s, at, sequence, whole, words, slopes);
     if (whole) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
@@ -68,18 +103,20 @@ struct ScoreRule {
   template <int kRows, int kCols, class StagedBias>
   __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at,
                                                const Sequence& sequence, bool whole, const StagedBias& bias) const {
-    to_log2_units(s);
+    NoSlopes none;
+    scale_and_cap(s, none);
     if (bias.present()) bias.add(s);
+    if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
     if (whole) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
   }
   // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
-  template <int kRows, int kCols>
+  template <int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                   const Sequence& sequence) const {
+                                                   const Sequence& sequence, Slopes& slopes) const {
     ScoreWords<kCols> words;
-    scale_bias_and_mask<true>(s, at, sequence, false, words);
+    compute_scores<true>(s, at, sequence, false, words, slopes);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
@@ -88,14 +125,6 @@ struct ScoreRule {
   }
 
  private:
-  template <int kRows, int kCols>
-  __device__ __forceinline__ void to_log2_units(Fragment<kRows, kCols>& s) const {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], scale * kLog2e);
-    }
-  }
   // Keeps of one row the columns of an interval.
   template <int kRows, int kCols>
   __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
@@ -110,13 +139,13 @@ struct ScoreRule {
     for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
   }
 
-  // The first round of `words` has been loaded, except of what is transposed.
-  template <bool kTransposed, int kRows, int kCols>
-  __device__ __forceinline__ void scale_bias_and_mask(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                      const Sequence& sequence, bool whole,
-                                                      ScoreWords<kCols>& words) const {
+  // All but visibility. The first round of `words` has been loaded, except of what is transposed.
+  template <bool kTransposed, int kRows, int kCols, class Slopes>
+  __device__ __forceinline__ void compute_scores(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                 const Sequence& sequence, bool whole, ScoreWords<kCols>& words,
+                                                 Slopes& slopes) const {
     if constexpr (kGeneral) {
-      to_log2_units(s);
+      scale_and_cap(s, slopes);
       const auto combine = [&](const ScoreTensor& tensor, bool loaded, const auto& with) {
         if (tensor.data == nullptr) return;
         const ScoreReader<kTransposed> reader(tensor, b, h, at);
@@ -128,8 +157,51 @@ struct ScoreRule {
         }
       };
       combine(scores.bias, !kTransposed, [](float score, float element) { return fmaf(kLog2e, element, score); });
+      if (scores.alibi_slopes.data != nullptr) add_alibi<kTransposed>(s, at, sequence);
       combine(scores.mask, !kTransposed && scores.bias.data == nullptr,
               [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
+    }
+  }
+
+  template <int kRows, int kCols, class Slopes>
+  __device__ __forceinline__ void scale_and_cap(Fragment<kRows, kCols>& s, Slopes& slopes) const {
+    const bool capped = scores.soft_cap != 0.0f;
+    if (capped) {
+      const float inward = scale * reciprocal_approximate(scores.soft_cap);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < kCols; c += 2) {
+          s.v[r][c] = tanh_approximate(multiply(s.v[r][c], inward));
+          s.v[r][c + 1] = tanh_approximate(multiply(s.v[r][c + 1], inward));
+          slopes.keep(r, c, s.v[r][c], s.v[r][c + 1]);
+        }
+      }
+    }
+    if (!has_terms(scores) && (capped || scores.device_scale == nullptr)) return;
+    const float outward = (capped ? scores.soft_cap : scale) * kLog2e;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) s.v[r][c] = multiply(s.v[r][c], outward);
+    }
+  }
+
+  // Distances are whole numbers, and exact below 2^24.
+  template <bool kTransposed, int kRows, int kCols>
+  __device__ __forceinline__ void add_alibi(Fragment<kRows, kCols>& s, const Position<>& at,
+                                            const Sequence& sequence) const {
+    const HeadNumbers& slopes = scores.alibi_slopes;
+    const float slope = -kLog2e * load_global(slopes.data + b * slopes.batch_stride + h);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int row = at.row(r);
+      const float first = kTransposed ? sequence.distance(at.first_col, row) : sequence.distance(row, at.first_col);
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        const float offset = Position<>::col_offset(c);
+        s.v[r][c] = fmaf(slope, fabsf(kTransposed ? first - offset : first + offset), s.v[r][c]);
+      }
     }
   }
 };

@@ -16,17 +16,21 @@ struct Interval {
 
 struct Sequence {
   int q_len, k_len;          // of this batch entry, not the padded extents
+  int offset;                // row i sits at key position i + offset
   int first_key, past_keys;  // what row 0 would see of keys without end: row i sees [i + first_key, i + past_keys)
 
   __device__ __forceinline__ Sequence(const Visibility& visibility, int q_len_, int k_len_)
       : q_len(q_len_), k_len(k_len_) {
-    const int offset = visibility.bottom_right ? k_len - q_len : 0;
+    offset = visibility.bottom_right ? k_len - q_len : 0;
     first_key = offset - min(visibility.window_left, kMaxSequence);
     past_keys = offset + min(visibility.window_right, kMaxSequence) + 1;
   }
   __device__ __forceinline__ Sequence(const Problem& p, int b)
       : Sequence(p.visibility, length(p.visibility.q_lengths, b, p.shape.q_len),
                  length(p.visibility.k_lengths, b, p.shape.k_len)) {}
+
+  // How far key j is past row i's own position.
+  __device__ __forceinline__ int distance(int i, int j) const { return j - i - offset; }
 
   // Keys that row i sees.
   __device__ __forceinline__ Interval keys(int i) const {

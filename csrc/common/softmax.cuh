@@ -30,12 +30,26 @@ __device__ __forceinline__ void shift_large(Fragment<kRows, kCols>& s, const flo
   }
 }
 
+// The sink of the rows of one head, in log2 units; -inf, which changes nothing: there is none.
+__device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, int b, int h) {
+  return sinks.data == nullptr ? minus_infinity() : load_global(sinks.data + b * sinks.batch_stride + h) * kLog2e;
+}
+
 // A row's output is to be multiplied by the result; also its log-sum-exp in natural units. `part` is this thread's part
 // of the row's sum.
-__device__ __forceinline__ float finish_row(float m, float part, float factor_log2, float& lse) {
-  const float sum = sum_over_row(part);
-  lse = sum == 0.0f ? minus_infinity() : fmaf(m, factor_log2, log2f(sum)) * kLn2;
-  return sum == 0.0f ? 0.0f : reciprocal_approximate(sum);  // a sum is at least 1: its largest term
+__device__ __forceinline__ float finish_row(float m, float part, float factor_log2, float sink, float& lse) {
+  float sum = sum_over_row(part);
+  float top = m, factor = factor_log2, of_keys = 1.0f;
+  if (sink != minus_infinity()) {
+    // One more term, and all terms relative to the larger of the two: neither overflows. Equal infinities are no NaN.
+    const float reference = multiply(m, factor_log2);
+    top = fmaxf(reference, sink);
+    factor = 1.0f;
+    of_keys = exp2_approximate(reference - top);
+    sum = fmaf(sum, of_keys, sink == top ? 1.0f : exp2_approximate(sink - top));
+  }
+  lse = sum == 0.0f ? minus_infinity() : fmaf(top, factor, log2f(sum)) * kLn2;
+  return sum == 0.0f ? 0.0f : of_keys * reciprocal_approximate(sum);  // a sum is at least 1: its largest term
 }
 
 template <int kRows>
@@ -81,7 +95,9 @@ struct OnlineSoftmax {
     }
   }
 
-  __device__ __forceinline__ float finish(int r, float& lse) const { return finish_row(m[r], l[r], factor_log2, lse); }
+  __device__ __forceinline__ float finish(int r, float sink, float& lse) const {
+    return finish_row(m[r], l[r], factor_log2, sink, lse);
+  }
 };
 
 // Online softmax whose reference lags behind: any number that is not far below a row's largest score serves as well as
@@ -151,7 +167,9 @@ struct LaggingSoftmax {
     return moved;
   }
 
-  __device__ __forceinline__ float finish(int r, float& lse) const { return finish_row(m[r], l[r], factor_log2, lse); }
+  __device__ __forceinline__ float finish(int r, float sink, float& lse) const {
+    return finish_row(m[r], l[r], factor_log2, sink, lse);
+  }
 
  private:
   // Whether a score of this thread is too far above its row's reference. Floats of which one is positive compare like

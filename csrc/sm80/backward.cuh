@@ -149,8 +149,10 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
 
     const Interval unmasked = sequence.keys_of_all_rows(i + score_row, i + score_row + Layout::kScoreRows);
     if (rule.needs_mask(unmasked, j + score_col, j + score_col + Layout::kScoreCols)) {
-      rule.apply(s, at, sequence);
+      CapSlopes<Layout::kScoreRows / 8, Layout::kScoreCols / 4> slopes;
+      rule.apply(s, at, sequence, slopes);
       softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+      if (kGeneral && p.scores.soft_cap != 0.0f) slopes.multiply_into(ds);
     } else {
       softmax_gradient<false>(s, ds, rule.factor_log2, lse, delta);
     }

@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
           copy_async_commit();
           copy_async_wait<0>();
           barrier();  // the tiles have landed for all
-          const auto ds =
-              recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row, Position<>(i + warp_tile_row, j));
+          const auto ds = recompute_ds<Element, false>(smem, p, g, sequence, rule, b, h, warp_tile_row,
+                                                       Position<>(i + warp_tile_row, j));
 #pragma unroll
           for (int r = 0; r < kRows; ++r) {
 #pragma unroll

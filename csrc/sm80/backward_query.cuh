@@ -4,6 +4,8 @@
 // It costs 7/5 of the products of the accumulating backward, and needs no accumulator.
 #pragma once
 
+#include <type_traits>
+
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
@@ -21,8 +23,8 @@ struct RecomputeSmem {
   Tile<Shape::kK, kHeadDim> v;
 };
 
-// dS of the tiles in shared memory, for this warp's rows from `at` on.
-template <class Element, int kHeadDim, bool kGeneral>
+// dS of the tiles in shared memory, for this warp's rows from `at` on: before the soft cap, or after it.
+template <class Element, bool kBeforeCap, int kHeadDim, bool kGeneral>
 __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem, const Problem& p, const Gradients& g,
                                              const Sequence& sequence, const ScoreRule<kGeneral>& rule, int b, int h,
                                              int warp_tile_row, const Position<>& at) {
@@ -37,8 +39,12 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
   product<Element, kHeadDim>(s, RowOperandA<TileQ>(smem.q, warp_tile_row), RowOperandB<TileK>(smem.k, 0));
   ds.clear();
   product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, warp_tile_row), RowOperandB<TileK>(smem.v, 0));
-  rule.apply(s, at, sequence);
+  std::conditional_t<kBeforeCap, CapSlopes<kRows, Shape::kK / 4>, NoSlopes> slopes;
+  rule.apply(s, at, sequence, slopes);
   softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+  if constexpr (kBeforeCap) {
+    if (p.scores.soft_cap != 0.0f) slopes.multiply_into(ds);
+  }
   return ds;
 }
 
@@ -77,7 +83,7 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
     copy_async_wait<0>();
     barrier();  // the tiles have landed for all
     const auto ds =
-        recompute_ds<Element>(smem, p, g, sequence, rule, b, h, warp_tile_row, Position<>(i + warp_tile_row, j));
+        recompute_ds<Element, true>(smem, p, g, sequence, rule, b, h, warp_tile_row, Position<>(i + warp_tile_row, j));
     product<Element, Shape::kK>(dq, FragmentOperandA<Element, kRows, Shape::kK / 4>{ds},
                                 ColumnOperandB<decltype(Smem::k)>(smem.k, 0));
     barrier();  // K and V are read no more

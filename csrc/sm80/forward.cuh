@@ -32,12 +32,13 @@ __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem
   const int tile_row = item.tile * Shape::kQ;
   const int warp_tile_row = opaque(warp_index()) * Shape::kRowsPerWarp;
   const Position<> at(tile_row + warp_tile_row, 0);
+  const float sink = sink_log2(p.scores.sinks, item.batch, item.head);
   float* lse = p.lse + (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     float row_lse;
-    const float inverse = softmax.finish(r, row_lse);
+    const float inverse = softmax.finish(r, sink, row_lse);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 4; ++c) o.v[r][c] = i < q_len ? o.v[r][c] * inverse : 0.0f;
     if (lane_index() % 4 == 0 && i < p.shape.q_len) store_global(lse + i, i < q_len ? row_lse : minus_infinity());
@@ -104,7 +105,8 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
     }
     copy_async_commit();
 
-    if (rule.needs_mask(unmasked, j, j + Shape::kK)) rule.apply(s, Position<>(warp_row, j), sequence);
+    NoSlopes none;
+    if (rule.needs_mask(unmasked, j, j + Shape::kK)) rule.apply(s, Position<>(warp_row, j), sequence, none);
     softmax.update(s, o);
     product<Element, Shape::kK>(o, FragmentOperandA<Element, kRows, Shape::kK / 4>{s}, v_operand);
   }

@@ -281,6 +281,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       const int slot = at.slot;
       const uint32_t statistics = shared_address(&smem.rows[slot]) + lane_index() % 4 * 8;
       Fragment<2, Shape::kQ / 4> s, dp;
+      CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
       uint32_t p_operand[Shape::kQ / 16][4], ds_operand[Shape::kQ / 16][4];
 
       mbarrier_wait(shared_address(&smem.q_full[slot]), at.parity);
@@ -294,7 +295,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       if (masked) {
         const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
         Rule(a.p.scores, now.batch, h)
-            .apply_transposed(s, Position<>(first_key, i), Sequence(a.p.visibility, now.q_len, now.k_len));
+            .apply_transposed(s, Position<>(first_key, i), Sequence(a.p.visibility, now.q_len, now.k_len), slopes);
         probabilities_of_columns<true>(s, factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, factor_log2, statistics);
@@ -303,6 +304,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       dp.settle_all();
       if (masked) {
         gradients_of_columns<true>(s, dp, statistics + Shape::kQ * 4);
+        if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
       } else {
         gradients_of_columns<false>(s, dp, statistics + Shape::kQ * 4);
       }

@@ -271,11 +271,11 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto pass_turn = [&] {
     named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
   };
-  const auto apply_rule = [&](Fragment<2, kScoreCols>& s) {
+  const auto apply_rule = [&](Fragment<2, kScoreCols>& s, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
     rule.apply(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-               Sequence(a.p.visibility, item.q_len, item.k_len));
+               Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
   };
   const auto store = [&](unsigned number) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));
@@ -289,6 +289,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
 #pragma unroll 1
   while (more) {
     Fragment<2, kScoreCols> s, dp;
+    CapSlopes<2, kScoreCols> slopes;  // of general scores
     const int last_k_slot = k_slot;
     k_slot = k_at.slot;
     mbarrier_wait(k_full + 8 * k_slot, k_at.parity);
@@ -313,7 +314,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     wgmma_wait<1>();
     const bool masked = ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK);
     if (masked) {
-      apply_rule(s);
+      apply_rule(s, slopes);
       probabilities_of_rows<true>(s, factor, lse);
     } else {
       probabilities_of_rows<false>(s, factor, lse);
@@ -331,6 +332,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     }
     if (masked) {
       gradients_of_rows<true>(s, dp, delta);
+      if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
     } else {
       gradients_of_rows<false>(s, dp, delta);
     }

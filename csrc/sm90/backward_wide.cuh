@@ -157,14 +157,20 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     return shared_address(smem.p) +
            (p_at.slot * Shape::kQ / 8 * kWarpgroupThreads + thread_index() % kWarpgroupThreads) * 16;
   };
-  const auto give = [&](const Fragment<2, Shape::kQ / 4>& p) {
+  // What they become on the way: of a soft cap, times its derivative.
+  const auto give = [&](const Fragment<2, Shape::kQ / 4>& p, const CapSlopes<2, Shape::kQ / 4>& slopes) {
     mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);
     const uint32_t to = p_address();
 #pragma unroll
     for (int n = 0; n < Shape::kQ / 8; ++n) {
       const float (&x)[Shape::kQ / 4] = p.v[n % 2];
       const int c = n / 2 * 4;
-      store_shared_f32x4(to + n * kWarpgroupThreads * 16, float4{x[c], x[c + 1], x[c + 2], x[c + 3]});
+      float4 given{x[c], x[c + 1], x[c + 2], x[c + 3]};
+      if (kGeneral && a.p.scores.soft_cap != 0.0f) {
+        const float2 first = slopes.at(n % 2, c), second = slopes.at(n % 2, c + 2);
+        given = {given.x * first.x, given.y * first.y, given.z * second.x, given.w * second.y};
+      }
+      store_shared_f32x4(to + n * kWarpgroupThreads * 16, given);
     }
     arrive_for_lane(p_full + 8 * p_at.slot);
     p_at.advance();
@@ -187,17 +193,18 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     s.settle_all();  // or the compiler looks at the elements before their product has been waited for
     const uint32_t statistics = first.statistics + (first_at.slot * Shape::kQ + lane_index() % 4 * 2) * 4;
     if constexpr (kOfValues) {
+      CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
       if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
         const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
         rule.apply_transposed(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
-                              Sequence(a.p.visibility, item.q_len, item.k_len));
+                              Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
         probabilities_of_columns<true>(s, rule.factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);
       }
       next_row();
-      give(s);
+      give(s, slopes);
     } else {
       Fragment<2, Shape::kQ / 4> p;
       take(p);

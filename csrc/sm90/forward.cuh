@@ -291,10 +291,10 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const int row = item.first_row + (warp_index() - 4) * 16;
       const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
       if constexpr (Shape::kStagesBias) {
-        const StagedBias<Element, Shape> bias(a, smem, bias_parity);
-        rule.apply_staged(s, Position<>(row, j), sequence, whole, bias);
+        rule.apply_staged(s, Position<>(row, j), sequence, whole, StagedBias<Element, Shape>{a, smem, bias_parity});
       } else {
-        rule.apply(s, Position<>(row, j), sequence, whole, ahead);
+        NoSlopes none;
+        rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
       }
       if (const int next = j + Shape::kK; kReads && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));

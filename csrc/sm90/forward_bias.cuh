@@ -42,24 +42,20 @@ __device__ __forceinline__ void load_bias(const ForwardArguments& a, ForwardSmem
 template <class Element, class Shape>
 struct StagedBias {
   using Bias = typename ForwardSmem<Shape>::Bias;
-  uint32_t place = 0;  // 0: there is no bias
-  uint32_t free;
+  const ForwardArguments& a;
+  const ForwardSmem<Shape>& smem;
+  uint32_t& parity;  // of the next one
 
-  __device__ __forceinline__ StagedBias(const ForwardArguments& a, const ForwardSmem<Shape>& smem, uint32_t& parity) {
-    if (!a.has_bias) return;
-    const int warpgroup = warp_index() / 4 - 1;
-    mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);
-    parity ^= 1;
-    place = shared_address(smem.staged.bias[warpgroup].bytes) + warp_index() % 4 * 16 * kRowBytes;
-    free = shared_address(&smem.bias_free[warpgroup]);
-  }
-
-  __device__ __forceinline__ bool present() const { return place != 0; }
+  __device__ __forceinline__ bool present() const { return a.has_bias; }
 
   template <int kCols>
   __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
     constexpr int kAtOnce = kCols % 8 == 0 ? 2 : 1;  // blocks of 16 columns
-    const int row = lane_index() % 16;
+    const int warpgroup = warp_index() / 4 - 1;
+    mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);
+    parity ^= 1;
+    const uint32_t place = shared_address(smem.staged.bias[warpgroup].bytes);
+    const int row = warp_index() % 4 * 16 + lane_index() % 16;
 #pragma unroll
     for (int first = 0; first < kCols / 4; first += kAtOnce) {
       uint32_t pairs[kAtOnce][4];
@@ -76,7 +72,7 @@ struct StagedBias {
         x[1] = fmaf(kLog2e, pair.y, x[1]);
       }
     }
-    arrive_for_warp(free);
+    arrive_for_warp(shared_address(&smem.bias_free[warpgroup]));
   }
 };
 

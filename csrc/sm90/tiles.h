@@ -93,7 +93,7 @@ struct ForwardTiles<128, 128> {
   using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
   using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
-  using Formula = FormulaTile<128, 128, 2, 128, 4, true>;
+  using Formula = FormulaTile<128, 128, 2, 128, 4, false>;
   using General = ForwardTile<128, 128, 2, 96, 5, false>;
 };
 template <>

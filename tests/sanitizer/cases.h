@@ -30,6 +30,8 @@ struct Case {
   std::vector<float> device_scale;        // [1] or [batch]; empty: absent
   Extents bias = {}, mask = {};
   jfa::ElementType bias_type = jfa::ElementType::kFloat;
+  float soft_cap = 0.0f;
+  std::vector<float> alibi_slopes, sinks;  // [heads] or [batch, heads]; empty: absent
   bool d_lse = true;
   bool gradients = true;
 
@@ -87,6 +89,16 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
   });
   add("mask", [=](Case& c) { c.mask = {2, 1, q_len, k_len}; });
   add("device_scale", [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
+  add("soft_cap", [](Case& c) { c.soft_cap = 1.5f; });
+  add("alibi", [](Case& c) {
+    c.alibi_slopes = {0.1f, 0.02f, 0.0f, -0.01f};
+    c.window.bottom_right = true;
+  });
+  add("sinks", [=](Case& c) {
+    c.sinks = {0.5f, 4.0f};
+    c.shape.q_len = k_len + 10;  // the last rows see no key
+    c.window.window_left = 5, c.window.window_right = 0;
+  });
   add("gqa", [](Case& c) {
     c.shape.heads = 4;
     c.window.window_right = 0;
@@ -135,6 +147,12 @@ inline void add_tiles(const Adder& adder) {
     c.k_lengths = {131, 0, 2050};
   });
   add("tile_empty_rows", {1, 300, 90, 2, 1, d, d}, causal_bottom_right);
+  add("tile_scores", {1, 270, 301, 2, 1, d, d}, [&](Case& c) {
+    c.soft_cap = 2.0f;
+    c.alibi_slopes = {0.02f, 0.1f};
+    c.sinks = {3.0f, -1.0f};
+    causal(c);
+  });
   add("tile_drawn", {2, 20, 150, 70, 10, d, d}, causal);
   add("tile_drawn_dense", {1, 20, 150, 140, 20, d, d}, none);
   add("tile_drawn_general", {2, 20, 150, 70, 10, d, d}, [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
@@ -165,6 +183,13 @@ inline void add_gradients(const Adder& add) {
     c.bias = {1, 2, 150, 200};
     c.mask = {1, 1, 150, 200};
     c.window.window_right = 0;
+  });
+  add("grad_scores", {1, 150, 200, 2, 1, d, d}, [](Case& c) {
+    c.bias = {1, 2, 150, 200};
+    c.soft_cap = 0.7f;
+    c.alibi_slopes = {0.02f, 0.1f};
+    c.sinks = {1.0f, -1.0f};
+    c.window.window_left = 100;
   });
   add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
   if (d <= 128) add("grad_long", {1, d == 64 ? 4100 : 1030, 200, 1, 1, d, d}, [](Case&) {});

@@ -85,6 +85,14 @@ jfa::Problem upload(const Case& c, const Values& v, Memory& memory) {
     const auto type = jfa::ElementType::kBool;
     p.scores.mask = score_tensor(memory.input("mask", encode(type, v.mask)), type, c.mask);
   }
+  p.scores.soft_cap = c.soft_cap;
+  const auto numbers = [&](const char* name, const std::vector<float>& values) {
+    if (values.empty()) return jfa::HeadNumbers{};
+    const float* data = memory.input(name, encode(jfa::ElementType::kFloat, values))->data<float>();
+    return jfa::HeadNumbers{data, int(values.size()) > s.heads ? s.heads : 0};
+  };
+  p.scores.alibi_slopes = numbers("alibi_slopes", c.alibi_slopes);
+  p.scores.sinks = numbers("sinks", c.sinks);
   p.visibility = c.window;
   if (!c.q_lengths.empty()) {
     p.visibility.q_lengths = memory.input("q_lengths", encode_ints(c.q_lengths))->data<int>();

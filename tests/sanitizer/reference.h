@@ -2,7 +2,8 @@
 //
 // The bound follows the roundings a kernel makes. It rounds P and dS to the 16-bit type before it multiplies them, each
 // by up to u relatively, and its result once more; all else is f32, whose errors are taken as 2^-14 of the terms.
-// So |error| <= sum |term| (u + 2^-14) + u |result|. The backward is defined from the out and lse that it is given.
+// So |error| <= sum |term| (u + 2^-14) + u |result|. A soft cap's tanh is off by 2^-11, and so are its scores, relative
+// to the cap, which is an absolute error of an exponent. The backward is defined from the out and lse that it is given.
 #pragma once
 
 #include <algorithm>
@@ -54,16 +55,19 @@ class Reference {
     each_row([&](int b, int h, int i) {
       double largest = -kInfinity, sum = 0.0;
       for (int j = 0; j < s_.k_len; ++j) largest = std::fmax(largest, score[j] = masked_score(b, h, i, j));
-      if (largest != -kInfinity) {
-        for (double& x : score) sum += x = std::exp(x - largest);
+      for (double& x : score) sum += x = largest == -kInfinity ? 0.0 : std::exp(x - largest);
+      if (const double sink = sink_of(b, h, i); sink != -kInfinity) {  // no case has one that exp() is too small for
+        if (largest == -kInfinity) largest = sink;
+        sum += std::exp(sink - largest);
       }
       const double log_sum = sum > 0.0 ? largest + std::log(sum) : -kInfinity;
-      set(lse, row(b, h, i), log_sum, sum > 0.0 ? kFloatError * (1.0 + std::fabs(log_sum)) : 0.0);
+      set(lse, row(b, h, i), log_sum, sum > 0.0 ? kFloatError * (1.0 + std::fabs(log_sum)) + cap_error() : 0.0);
       std::fill(total.begin(), total.end(), 0.0), std::fill(terms.begin(), terms.end(), 0.0);
       for (int j = 0; sum > 0.0 && j < s_.k_len; ++j) {
         if (score[j] == 0.0) continue;
         const float* v = value(b, h, j);
-        const double weight = score[j] / sum, error = weight * (unit_ + kFloatError) + least_ / sum;
+        const double weight = score[j] / sum;
+        const double error = weight * (unit_ + kFloatError + 2.0 * cap_error()) + least_ / sum;
         for (int d = 0; d < s_.value_dim; ++d) total[d] += weight * v[d], terms[d] += error * std::fabs(v[d]);
       }
       for (int d = 0; d < s_.value_dim; ++d) {
@@ -88,12 +92,17 @@ class Reference {
         const float *k = key(b, h, j), *v = value(b, h, j);
         double dp = 0.0, dp_terms = delta_terms;
         for (int d = 0; d < s_.value_dim; ++d) dp += double(d_o[d]) * v[d], dp_terms += std::fabs(d_o[d] * v[d]);
-        const double ds = p * (dp - delta), ds_float = kFloatError * (std::fabs(ds) + p * dp_terms);
-        const double p_error = p * (unit_ + kFloatError) + least_, ds_error = ds_float + unit_ * std::fabs(ds) + least_;
+        const double ds = p * (dp - delta);
+        const double ds_float = kFloatError * (std::fabs(ds) + p * dp_terms) + cap_error() * std::fabs(ds);
+        const double p_error = p * (unit_ + kFloatError + cap_error()) + least_;
+        // What is before the cap: the derivative is rounded to half precision, and made from a tanh that is off.
+        const double slope = slope_of(b, h, i, j), dt = ds * slope;
+        const double dt_error = ds_float * slope + unit_ * std::fabs(dt) + least_ +
+                                (c_.soft_cap > 0.0f ? 3.0 * kTanhError * std::fabs(ds) : 0.0);
         for (int d = 0; d < s_.value_dim; ++d) add(dv, key_at(b, h, j, s_.value_dim) + d, p * d_o[d], p_error * d_o[d]);
         for (int d = 0; d < s_.head_dim; ++d) {
-          add(dq, query_at(b, h, i, s_.head_dim) + d, scale * ds * k[d], scale * ds_error * k[d]);
-          add(dk, key_at(b, h, j, s_.head_dim) + d, scale * ds * q[d], scale * ds_error * q[d]);
+          add(dq, query_at(b, h, i, s_.head_dim) + d, scale * dt * k[d], scale * dt_error * k[d]);
+          add(dk, key_at(b, h, j, s_.head_dim) + d, scale * dt * q[d], scale * dt_error * q[d]);
         }
         if (!v_.bias.empty()) add(d_bias, score_at(c_.bias, b, h, i, j), ds, ds_float);  // never rounded to 16 bits
       }
@@ -133,17 +142,45 @@ class Reference {
   bool visible(int b, int h, int i, int j) const {
     const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
     const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
-    const int64_t diagonal = i + (c_.window.bottom_right ? k_len - q_len : 0);
-    return i < q_len && j < k_len && j >= diagonal - c_.window.window_left && j <= diagonal + c_.window.window_right &&
+    const int64_t past = distance(b, i, j);
+    return i < q_len && j < k_len && past >= -int64_t(c_.window.window_left) && past <= c_.window.window_right &&
            (v_.mask.empty() || v_.mask[score_at(c_.mask, b, h, i, j)] != 0.0f);
+  }
+
+  int64_t distance(int b, int i, int j) const {
+    const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
+    const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
+    return int64_t(j) - i - (c_.window.bottom_right ? k_len - q_len : 0);
+  }
+  float of_head(const std::vector<float>& values, int b, int h) const {
+    return values[int(values.size()) > s_.heads ? b * s_.heads + h : h];
+  }
+  double sink_of(int b, int h, int i) const {
+    const bool real = c_.q_lengths.empty() || i < c_.q_lengths[b];
+    return c_.sinks.empty() || !real ? -kInfinity : of_head(c_.sinks, b, h);
+  }
+
+  static constexpr double kTanhError = 1.0 / 2048;
+  double cap_error() const { return c_.soft_cap * kTanhError; }
+  double slope_of(int b, int h, int i, int j) const {
+    const double t = c_.soft_cap > 0.0f ? std::tanh(product(b, h, i, j) / c_.soft_cap) : 0.0;
+    return 1.0 - t * t;
   }
 
   double masked_score(int b, int h, int i, int j) const {
     if (!visible(b, h, i, j)) return -kInfinity;
+    double score = product(b, h, i, j);
+    if (c_.soft_cap > 0.0f) score = c_.soft_cap * std::tanh(score / c_.soft_cap);
+    if (!v_.bias.empty()) score += v_.bias[score_at(c_.bias, b, h, i, j)];
+    if (!c_.alibi_slopes.empty()) score -= of_head(c_.alibi_slopes, b, h) * double(std::llabs(distance(b, i, j)));
+    return score;
+  }
+  // Times the scale.
+  double product(int b, int h, int i, int j) const {
     const float *q = &v_.q[query_at(b, h, i, s_.head_dim)], *k = key(b, h, j);
-    double product = 0.0;
-    for (int d = 0; d < s_.head_dim; ++d) product += double(q[d]) * k[d];
-    return scale_of(b) * product + (v_.bias.empty() ? 0.0 : v_.bias[score_at(c_.bias, b, h, i, j)]);
+    double sum = 0.0;
+    for (int d = 0; d < s_.head_dim; ++d) sum += double(q[d]) * k[d];
+    return scale_of(b) * sum;
   }
 
   size_t row(int b, int h, int i) const { return (size_t(b) * s_.heads + h) * s_.q_len + i; }

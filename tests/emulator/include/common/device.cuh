@@ -218,4 +218,14 @@ inline float exp2_approximate(float x) {
   return y < 0x1p-126f ? 0.0f : y;  // .ftz; NaN stays
 }
 
+inline float tanh_approximate(float x) {
+  const float y = std::tanh(x);
+  return y != y ? y : float_of((uint32_t(bits_of(y)) + 0x1000) & ~0x1fffu);  // relative error 2^-11
+}
+
+inline float one_minus_square(float x) {
+  const float y = std::fma(-x, x, 1.0f);
+  return y > 0.0f ? std::min(y, 1.0f) : 0.0f;  // .sat turns NaN into 0
+}
+
 }  // namespace jfa

@@ -1,0 +1,123 @@
+"""What is done to scores, in all kernels on the emulator: soft cap, ALiBi, sinks."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import CASES, Case
+from emulator import kernels
+from emulator.emulator import why_unavailable
+from test_emulator import check
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+# The kernels that a backward may run: family, dQ by backward_query, head dim.
+ROUTES = {
+    "sm80": ("sm80", False, 64),
+    "sm80-deterministic": ("sm80", True, 64),
+    "sm90": ("sm90", False, 64),
+    "sm90-deterministic": ("sm90", True, 64),
+    "sm90-wide": ("sm90", True, 192),
+}
+every_route = pytest.mark.parametrize("route", ROUTES)
+
+
+def on_route(case, route):
+    """The case with the route's head dim, and check()'s or run()'s options."""
+    family, deterministic, dim = ROUTES[route]
+    case = dataclasses.replace(case, head_dim=dim, value_dim=dim - 24)
+    return case, {"family": family, "deterministic": deterministic}
+
+
+@dataclasses.dataclass(frozen=True)
+class WithSinks(Case):
+    """Sinks of these values, one a head."""
+
+    values: tuple[float, ...] = ()
+
+    def arrays(self, dtype):
+        return super().arrays(dtype) | {"sinks": np.asarray(self.values, np.float32)}
+
+
+@every_route
+@pytest.mark.parametrize("general", [False, True])
+def test_sinks_far_from_the_scores(route, general):
+    """Infinite ones too, and rows that see no key: nothing overflows, nothing becomes NaN."""
+    values = (np.inf, -np.inf, 300.0, -300.0, 5.0)
+    fields = {"heads": len(values), "options": {"local_window_size": 8}}
+    case, options = on_route(WithSinks("far-sinks", 129, 65, values=values, **fields), route)
+    actual = check(case, "bfloat16", general=general, **options)
+    assert not actual["out"][:, :, 0].any()
+    assert np.isposinf(actual["lse"][:, 0]).all()
+    np.testing.assert_array_equal(actual["lse"][:, 2], np.float32(300))
+    without = dataclasses.replace(case, values=(-np.inf,) * len(values))
+    desired = kernels.run(without, "bfloat16", general=general, **options)
+    for name in ("out", "query"):
+        np.testing.assert_array_equal(actual[name][:, :, 1], desired[name][:, :, 1])
+
+
+def test_sink_of_a_large_score():
+    """Scores so large that the softmax subtracts the largest before it scales."""
+    case = WithSinks("large", 65, 70, values=(2.0e8, -2.0e8), options={"scale": 1.0e8})
+    for family in ("sm80", "sm90"):
+        check(case, "bfloat16", family=family, gradients=False)
+
+
+@every_route
+def test_a_wide_cap_is_none(route):
+    case, options = on_route(Case("wide", 65, 130, options={"logits_soft_cap": 3.0e3}), route)
+    check(case, "float16", **options)
+
+
+# File, what to replace, by what, the case that must notice, and the route.
+SCORES, SOFTMAX, SEQUENCE = "common/scores.cuh", "common/softmax.cuh", "common/sequence.cuh"
+DERIVATIVE = "slopes.multiply_into({});"
+MUTANTS = {
+    "derivative-sm80": (
+        "sm80/backward.cuh", DERIVATIVE.format("ds"), ";", "cap", "sm80"),
+    "derivative-sm80-query": (
+        "sm80/backward_query.cuh", DERIVATIVE.format("ds"), ";", "cap", "sm80-deterministic"),
+    "derivative-in-the-bias": (
+        "sm80/backward_bias.cuh", "recompute_ds<Element, false>", "recompute_ds<Element, true>",
+        "cap-bias-mask", "sm80"),
+    "derivative-sm90": (
+        "sm90/backward.cuh", DERIVATIVE.format("dp"), ";", "cap-bias-mask", "sm90"),
+    "derivative-sm90-query": (
+        "sm90/backward_query.cuh", DERIVATIVE.format("dp"), ";", "cap", "sm90-deterministic"),
+    "derivative-sm90-wide": (
+        "sm90/backward_wide.cuh", "first.x,", "1.0f,", "cap", "sm90-wide"),
+    "derivative-of-the-neighbour": (
+        SCORES, "one_minus_square(next)", "one_minus_square(tanh)", "cap", "sm80"),
+    "cap-after-the-bias": (
+        SCORES, "if (!has_terms(scores) && (capped", "if ((capped", "cap-bias-mask", "sm80"),
+    "cap-without-scale": (
+        SCORES, "scale * reciprocal_approximate(scores.soft_cap)",
+        "reciprocal_approximate(scores.soft_cap)", "cap", "sm80"),
+    "alibi-without-offset": (
+        SEQUENCE, "return j - i - offset;", "return j - i;", "alibi-causal-bottom-right", "sm80"),
+    "alibi-of-one-side": (
+        SCORES, "fabsf(kTransposed ? first - offset : first + offset)",
+        "(kTransposed ? first - offset : first + offset)", "alibi", "sm80"),
+    "alibi-transposed": (
+        SCORES, "kTransposed ? first - offset", "kTransposed ? first + offset", "alibi", "sm90"),
+    "alibi-of-another-entry": (
+        SCORES, "slopes.data + b * slopes.batch_stride", "slopes.data",
+        "alibi-causal-bottom-right", "sm80"),
+    "sink-not-in-the-output": (
+        SOFTMAX, "sum = fmaf(sum, of_keys, ", "const float total = fmaf(sum, of_keys, ", "sinks-of-rows-without-keys", "sm80"),
+    "sink-without-rescale": (
+        SOFTMAX, "0.0f : of_keys * rec", "0.0f : rec", "sinks-of-rows-without-keys", "sm90"),
+    "sink-of-another-head": (SOFTMAX, "batch_stride + h)", "batch_stride)", "sinks", "sm80"),
+    "sink-of-padding": (
+        "sm90/forward_store.cuh", "i < item.q_len ? lse[r] : minus_infinity()", "lse[r]",
+        "sinks-lengths", "sm90"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_caught(mutant):
+    file, old, new, name, route = MUTANTS[mutant]
+    case, options = on_route(CASES[name], route)
+    backward = options["family"] == "sm80" or "backward" in file or "transposed" in mutant
+    with pytest.raises(AssertionError, match=r"off by|inf at other|NaN at other|non-zeros"):
+        check(case, "bfloat16", gradients=backward, edits=((file, old, new),), **options)
