@@ -70,6 +70,9 @@ inline bool is_general(const Scores& scores) {
          scores.soft_cap != 0.0f || scores.alibi_slopes.data != nullptr || scores.dropout.seeds != nullptr;
 }
 
+// Whether there is anything to read for each of them.
+inline bool reads_scores(const Scores& scores) { return scores.bias.data != nullptr || scores.mask.data != nullptr; }
+
 constexpr int kUnbounded = 0x7fffffff;
 constexpr int kMaxSequence = 1 << 29;  // sums of three such numbers fit an int
 

@@ -81,22 +81,22 @@ struct ScoreRule {
     if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, at, sequence, whole);
   }
 
-  // Products to scores, in place. Call it where needs_mask() holds. Slopes are CapSlopes or NoSlopes.
-  template <int kRows, int kCols, class Slopes>
+  // Products to scores, in place. Call it where needs_mask() holds. Slopes are CapSlopes or NoSlopes. kReads: there may
+  // be a bias or a mask.
+  template <bool kReads = true, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
                                         Slopes& slopes) const {
     ScoreWords<kCols> words;
-    if constexpr (kGeneral) load_ahead(words, at, sequence, false);
-    apply(s, at, sequence, false, words, slopes);
+    if constexpr (kGeneral && kReads) load_ahead(words, at, sequence, false);
+    compute_scores<false, kReads>(s, at, sequence, false, words, slopes);
+    hide_rows(s, at, sequence);
   }
   // The same with what load_ahead() has loaded.
   template <int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
                                         bool whole, ScoreWords<kCols>& words, Slopes& slopes) const {
-    compute_scores<false>(s, at, sequence, whole, words, slopes);
-    if (whole) return;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+    compute_scores<false, true>(s, at, sequence, whole, words, slopes);
+    if (!whole) hide_rows(s, at, sequence);
   }
   // The same where there is no mask, and the bias, if any, lies in shared memory already: bias.add() adds it to scores
   // in log2 units.
@@ -107,16 +107,14 @@ struct ScoreRule {
     scale_and_cap(s, none);
     if (bias.present()) bias.add(s);
     if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
-    if (whole) return;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+    if (!whole) hide_rows(s, at, sequence);
   }
   // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
-  template <int kRows, int kCols, class Slopes>
+  template <bool kReads, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
                                                    const Sequence& sequence, Slopes& slopes) const {
     ScoreWords<kCols> words;
-    compute_scores<true>(s, at, sequence, false, words, slopes);
+    compute_scores<true, kReads>(s, at, sequence, false, words, slopes);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
@@ -125,6 +123,12 @@ struct ScoreRule {
   }
 
  private:
+  template <int kRows, int kCols>
+  __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                   const Sequence& sequence) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+  }
   // Keeps of one row the columns of an interval.
   template <int kRows, int kCols>
   __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
@@ -140,14 +144,14 @@ struct ScoreRule {
   }
 
   // All but visibility. The first round of `words` has been loaded, except of what is transposed.
-  template <bool kTransposed, int kRows, int kCols, class Slopes>
+  template <bool kTransposed, bool kReads, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void compute_scores(Fragment<kRows, kCols>& s, const Position<>& at,
                                                  const Sequence& sequence, bool whole, ScoreWords<kCols>& words,
                                                  Slopes& slopes) const {
     if constexpr (kGeneral) {
       scale_and_cap(s, slopes);
       const auto combine = [&](const ScoreTensor& tensor, bool loaded, const auto& with) {
-        if (tensor.data == nullptr) return;
+        if (!kReads || tensor.data == nullptr) return;
         const ScoreReader<kTransposed> reader(tensor, b, h, at);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {

@@ -295,7 +295,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       if (masked) {
         const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
         Rule(a.p.scores, now.batch, h)
-            .apply_transposed(s, Position<>(first_key, i), Sequence(a.p.visibility, now.q_len, now.k_len), slopes);
+            .template apply_transposed<Shape::kReads>(s, Position<>(first_key, i),
+                                                      Sequence(a.p.visibility, now.q_len, now.k_len), slopes);
         probabilities_of_columns<true>(s, factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, factor_log2, statistics);

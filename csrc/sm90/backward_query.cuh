@@ -274,8 +274,8 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto apply_rule = [&](Fragment<2, kScoreCols>& s, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-    rule.apply(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-               Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
+    rule.template apply<Shape::kReads>(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
+                                       Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
   };
   const auto store = [&](unsigned number) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));

@@ -197,8 +197,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
         const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
-        rule.apply_transposed(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
-                              Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
+        rule.template apply_transposed<Shape::kReads>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
+                                                      Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
         probabilities_of_columns<true>(s, rule.factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);

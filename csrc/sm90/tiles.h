@@ -125,7 +125,7 @@ enum class ForwardKind { kDense, kLong, kShort, kFormula, kGeneral };
 
 // Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
 // of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
-inline bool reads_scores(const Problem& p) {
+inline bool reads_without_tma(const Problem& p) {
   const ScoreTensor& bias = p.scores.bias;
   if (p.scores.mask.data != nullptr) return true;
   if (bias.data == nullptr) return false;
@@ -144,7 +144,7 @@ inline bool is_dense(const Problem& p) {
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p.scores)) return reads_scores(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
+  if (is_general(p.scores)) return reads_without_tma(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
