@@ -190,8 +190,12 @@ def lse_without_sinks(lse, sinks):
     row that sees no key gives -inf.
     """
     sinks = jnp.asarray(sinks, jnp.float32)[..., None]
-    share = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks - lse))
-    return lse + jnp.log1p(-jnp.minimum(share, 1))
+    # Each where() twice, so that the gradient meets no infinity that was not chosen.
+    empty = lse == -jnp.inf
+    share = jnp.exp(jnp.where(empty, -jnp.inf, sinks - jnp.where(empty, 0, lse)))
+    nothing_left = share >= 1
+    rest = jnp.log1p(-jnp.where(nothing_left, 0, share))
+    return lse + jnp.where(nothing_left, -jnp.inf, rest)
 
 
 def _attend(operands, options, unbatched: bool, return_residual: bool, return_lse: bool) -> Any:
