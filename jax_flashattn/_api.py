@@ -88,7 +88,8 @@ def attention(
         a row sees only keys of its own id. For documents packed into one sequence: where ids come
         in runs, what lies between different ones costs nothing. Positions go on counting over
         documents, which makes no difference to causality, windows and ALiBi where queries and keys
-        are packed alike; `varlen_attention` is for the other case.
+        are packed alike; `varlen_attention` is for the other case. Padding gets an id that the
+        other side does not have; what the arrays hold there does not matter, NaN included.
       dropout_rate: a Python number in [0, 1), rounded to a multiple of 2^-16: this part of the
         probabilities is dropped, the others are divided by 1 - rate. What is dropped depends on
         dropout_key, batch entry, head, row and key alone: it is the same in the gradient, on every
@@ -163,8 +164,9 @@ def varlen_attention(
       query: [T, N, H], T tokens of all sequences together; see `attention`, also for all below.
       key, value: [S, K, H] and [S, K, Hv].
       cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1] each, not decreasing. A sequence may be
-        empty, on either side. Values that decrease or lie outside the arrays are safe: rows then
-        see some keys or none.
+        empty, on either side. What the arrays hold outside of all sequences does not matter, NaN
+        included. Values that decrease or lie outside the arrays are safe: rows then see some keys
+        or none.
       alibi_slopes, sinks: float32 [N].
 
     Returns:

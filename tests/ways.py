@@ -52,7 +52,8 @@ def visible(call):
     arrays = call.arrays()
     (batch, q_len, heads, _), k_len = arrays["query"].shape, arrays["key"].shape[1]
     lengths = {name: arrays[name] for name in INTEGERS if name in arrays}
-    options = {name: value for name, value in call.static().items() if name != "scale"}
+    scores = ("scale", "logits_soft_cap", "dropout_rate")
+    options = {name: value for name, value in call.static().items() if name not in scores}
     sees = visible_keys(batch, q_len, k_len, **options, **lengths)[:, None]
     return np.broadcast_to(sees & arrays.get("mask", True), (batch, heads, q_len, k_len))
 
