@@ -88,7 +88,8 @@ def attention(
         a row sees only keys of its own id. For documents packed into one sequence: where ids come
         in runs, what lies between different ones costs nothing. Positions go on counting over
         documents, which makes no difference to causality, windows and ALiBi where queries and keys
-        are packed alike; `varlen_attention` is for the other case.
+        are packed alike; `varlen_attention` is for the other case. Padding gets an id that the
+        other side does not have; what the arrays hold there does not matter, NaN included.
       dropout_rate: a Python number in [0, 1), rounded to a multiple of 2^-16: this part of the
         probabilities is dropped, the others are divided by 1 - rate. What is dropped depends on
         dropout_key, batch entry, head, row and key alone: it is the same in the gradient, on every
@@ -163,8 +164,9 @@ def varlen_attention(
       query: [T, N, H], T tokens of all sequences together; see `attention`, also for all below.
       key, value: [S, K, H] and [S, K, Hv].
       cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1] each, not decreasing. A sequence may be
-        empty, on either side. Values that decrease or lie outside the arrays are safe: rows then
-        see some keys or none.
+        empty, on either side. What the arrays hold outside of all sequences does not matter, NaN
+        included. Values that decrease or lie outside the arrays are safe: rows then see some keys
+        or none.
       alibi_slopes, sinks: float32 [N].
 
     Returns:
@@ -190,8 +192,12 @@ def lse_without_sinks(lse, sinks):
     row that sees no key gives -inf.
     """
     sinks = jnp.asarray(sinks, jnp.float32)[..., None]
-    share = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks - lse))
-    return lse + jnp.log1p(-jnp.minimum(share, 1))
+    # Each where() twice, so that the gradient meets no infinity that was not chosen.
+    empty = lse == -jnp.inf
+    share = jnp.exp(jnp.where(empty, -jnp.inf, sinks - jnp.where(empty, 0, lse)))
+    nothing_left = share >= 1
+    rest = jnp.log1p(-jnp.where(nothing_left, 0, share))
+    return lse + jnp.where(nothing_left, -jnp.inf, rest)
 
 
 def _attend(operands, options, unbatched: bool, return_residual: bool, return_lse: bool) -> Any:

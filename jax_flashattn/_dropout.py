@@ -38,8 +38,8 @@ def random_bits(seeds, row, key):
     return jnp.where(key % 16 < 8, word & 0xFFFF, word >> 16)
 
 
-def philox2x32(first, second, key):
-    for _ in range(ROUNDS):
+def philox2x32(first, second, key, rounds: int = ROUNDS):
+    for _ in range(rounds):
         high, low = multiply_wide(MULTIPLIER, first)
         first, second = high ^ key ^ second, low
         key = key + jnp.uint32(KEY_STEP)

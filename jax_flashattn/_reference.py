@@ -74,7 +74,7 @@ def forward(operands: Operands, options: Options) -> list:
             p = jnp.where(empty | (sink == jnp.inf), 0, p / total * jnp.exp(lse - with_sink))
             lse = with_sink
         p = p * keep(operands, options, rows)
-        out = einsum("bkgij,bjke->bikge", p, keys(operands, operands.value))
+        out = einsum("bkgij,bjke->bikge", p, keys(operands, options, rows, operands.value))
         lse = jnp.maximum(lse, LOWEST) if options.finite_lse else lse
         return out.astype(query.dtype), lse[..., 0]
 
@@ -93,8 +93,8 @@ def backward(operands: Operands, out, lse, d_out, d_lse, options: Options) -> li
 
     def chunk_backward(sums, rows: Rows):
         s, slope = scores(operands, options, rows)
-        k, v = keys(operands, operands.key), keys(operands, operands.value)
-        q, do = queries(operands, rows, rows.query), queries(operands, rows, rows.d_out)
+        k, v = (keys(operands, options, rows, x) for x in (operands.key, operands.value))
+        q, do = (queries(operands, options, rows, x) for x in (rows.query, rows.d_out))
         delta = jnp.moveaxis(jnp.sum(do * rows.out.astype(jnp.float32), axis=-1), 1, -1)
         if rows.d_lse is not None:
             delta = delta - rows.d_lse.astype(jnp.float32)
@@ -145,7 +145,7 @@ def scores(operands: Operands, options: Options, rows: Rows) -> tuple:
     """
     bias = group_heads(operands.bias, operands) if rows.bias is None else rows.bias
     mask = group_heads(operands.mask, operands) if rows.mask is None else rows.mask
-    q, k = queries(operands, rows, rows.query), keys(operands, operands.key)
+    q, k = queries(operands, options, rows, rows.query), keys(operands, options, rows, operands.key)
     s, slope = scale(operands, options) * einsum("bikgh,bjkh->bkgij", q, k), 1
     if options.soft_cap is not None:
         t = jnp.tanh(s / options.soft_cap)
@@ -253,21 +253,28 @@ def scale(operands: Operands, options: Options) -> Any:
     return options.scale if operands.scale is None else per_batch(operands.scale)
 
 
-def keys(operands: Operands, x):
-    """key or value in float32; what lies past the length may be NaN, and 0 * NaN is not 0."""
-    x = x.astype(jnp.float32)
-    if operands.key_value_seq_lengths is None:
-        return x
-    inside = key_positions(operands)[:, None, None] < key_lengths(operands)[..., 0]
-    return jnp.where(inside, x, 0)
+def may_have_padding(operands: Operands) -> bool:
+    """Whether there may be rows and keys that mean nothing, whose arrays may hold NaN."""
+    given = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "cu_seqlens_q")
+    return any(getattr(operands, name) is not None for name in given)
 
 
-def queries(operands: Operands, rows: Rows, x):
-    """Rows of query or d_out in float32, 0 past the length for the same reason."""
+def keys(operands: Operands, options: Options, rows: Rows, x):
+    """key or value in float32, with 0 for what no row of the chunk sees: 0 * NaN is not 0."""
     x = x.astype(jnp.float32)
-    if operands.query_seq_lengths is None:
+    if not may_have_padding(operands):
         return x
-    return jnp.where(rows.position[:, None, None, None] < query_lengths(operands), x, 0)
+    seen = jnp.any(visible(operands, options, rows.position), axis=-2)  # [b|1, 1, 1, j]
+    return jnp.where(jnp.moveaxis(seen, -1, 1), x, 0)
+
+
+def queries(operands: Operands, options: Options, rows: Rows, x):
+    """Rows of query or d_out in float32, 0 for those that see no key, for the same reason."""
+    x = x.astype(jnp.float32)
+    if not may_have_padding(operands):
+        return x
+    seeing = jnp.any(visible(operands, options, rows.position), axis=-1)  # [b|1, 1, 1, i]
+    return jnp.where(jnp.moveaxis(seeing, -1, 1)[..., None], x, 0)
 
 
 def group_heads(x, operands: Operands):

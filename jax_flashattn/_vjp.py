@@ -87,11 +87,14 @@ def sink_gradient(operands: Operands, out, lse, d_out, d_lse):
     delta = delta if d_lse is None else delta - d_lse
     sinks = operands.sinks[..., None]
     p = jnp.where(lse == jnp.inf, 1, jnp.exp(sinks - lse))
-    p = jnp.where(
-        lse <= _reference.LOWEST, 0, p
-    )  # padding: a row that has a sink sees at least that
-    by_head = -jnp.sum(p * delta, axis=2)
-    return jnp.sum(by_head, axis=0, keepdims=True) if operands.sinks.shape[0] == 1 else by_head
+    # Padding, whose d_out may be NaN; a row that has a sink sees at least that.
+    by_head = -jnp.sum(jnp.where(lse <= _reference.LOWEST, 0, p * delta), axis=2)
+    if operands.sinks.shape[0] == 1:
+        by_head = jnp.sum(by_head, axis=0, keepdims=True)
+    # Under explicit mesh axes by_head is sharded as lse is, and sinks may not be.
+    wanted = jax.typeof(operands.sinks).sharding
+    same = jax.typeof(by_head).sharding == wanted
+    return by_head if same else jax.sharding.reshard(by_head, wanted)
 
 
 flash_attention.defvjp(flash_attention_forward, flash_attention_backward, symbolic_zeros=True)

@@ -208,8 +208,8 @@ def _attend(
     d_t = store(steepness * d_s)
     d_q = store(scale * (d_t @ k))
     d_k, d_v = scale * (d_t.swapaxes(-1, -2) @ q), store(keep * p).swapaxes(-1, -2) @ d_o
-    grouped = (batch, kv_heads, group, k_len, -1)
-    d_k, d_v = (store(x.reshape(grouped).sum(axis=2)) for x in (d_k, d_v))
+    grouped = (batch, kv_heads, group, k_len)
+    d_k, d_v = (store(x.reshape(*grouped, x.shape[-1]).sum(axis=2)) for x in (d_k, d_v))
     result |= {"query": d_q.swapaxes(1, 2), "key": d_k.swapaxes(1, 2), "value": d_v.swapaxes(1, 2)}
     result["scale"] = (d_t * product).sum()
     if sinks is not None:

@@ -30,6 +30,19 @@ def run(request):
 # What a row does not see does not reach it -------------------------------------------------------
 
 BOTTOM = {"causal_alignment": "bottom_right"}
+
+
+def runs(*lengths, modulo=9):
+    """Segment ids [1, tokens] in runs of these lengths; they come back after `modulo` runs."""
+    return np.repeat(np.arange(len(lengths)) % modulo, lengths).astype(np.int32)[None]
+
+
+def segments(*entries, modulo=9):
+    """Both arrays of ids, packed alike, for batch entries of these lengths of runs."""
+    ids = np.concatenate([runs(*lengths, modulo=modulo) for lengths in entries])
+    return {"query_segment_ids": ids, "key_value_segment_ids": ids}
+
+
 UNSEEN = {
     "causal": Call("m-causal", 150, options={"is_causal": True}),
     "bottom-right": Call("m-bottom", 70, 150, options={"is_causal": True} | BOTTOM),
@@ -41,6 +54,20 @@ UNSEEN = {
         "key_value_seq_lengths": (140, 66)} | BOTTOM),
     "mask": Call("m-mask", 80, 150, bias=(1, 2, 80, 150), options={"is_causal": True}).on(
         mask=np.random.default_rng(1).random((2, 1, 80, 150)) < 0.05),
+    "segments": Call("m-segments", 150, heads=4, kv_heads=2, options={"is_causal": True}).on(
+        **segments((30, 45, 75), (70, 80))),
+    "segments, mixed": Call("m-mixed", 150, sinks=(2,)).on(
+        **segments((37, 4, 30, 60, 19), (150,), modulo=3)),
+    "packed otherwise": Call("m-cross", 70, 150, batch=1).on(
+        **segments((35, 0, 35)) | {"key_value_segment_ids": runs(60, 60, 30)}),
+    "spans": Call("m-spans", 150, options={"is_causal": True}).on(
+        bidirectional_spans=np.int32([[[50, 66], [90, 120]], [[3, 9], [41, 58]]])),
+    "prefix": Call("m-prefix", 150, options={"is_causal": True}).on(
+        prefix_lengths=np.int32([75, 0])),
+    "sink tokens": Call("m-tokens", 150, options={
+        "local_window_size": (9, 3), "num_sink_tokens": 5}),
+    "everything": Call("m-scores", 90, 150, alibi=(2,), sinks=(2,), options={
+        "is_causal": True, "logits_soft_cap": 3.0, "dropout_rate": 0.2} | BOTTOM),
 }  # fmt: skip
 
 
@@ -203,7 +230,10 @@ def test_power_of_two_moves_between_query_and_scale(run, power, traced):
 
 PLAIN = Call("m-flags", 90, 130)
 CAUSAL = PLAIN.but(is_causal=True)
-FLAGS = {  # a call, the flag, a value that changes the output and one that does not
+SQUARE = Call("m-flags-square", 90)
+IDS = ("query_segment_ids", "key_value_segment_ids")
+ONE_SEGMENT = np.full((2, 90), 7, np.int32)
+FLAGS = {  # a call, the flag or flags, a value that changes the output and one that does not
     "causal": (PLAIN, "is_causal", True, False),
     "alignment": (CAUSAL, "causal_alignment", "bottom_right", "top_left"),
     "alignment of a window": (
@@ -219,10 +249,22 @@ FLAGS = {  # a call, the flag, a value that changes the output and one that does
     "bias": (PLAIN, "bias", normal(np.random.default_rng(0), (2, 1, 1, 130), "float32"),
              np.zeros((2, 1, 1, 130), np.float32)),
     "scale": (PLAIN, "scale", 0.4, 1 / np.sqrt(PLAIN.head_dim)),
+    "cap": (PLAIN, "logits_soft_cap", 1.5, None),
+    "alibi": (PLAIN, "alibi_slopes", np.float32([0.1, 0.7]), np.zeros(2, np.float32)),
+    "sinks": (CAUSAL, "sinks", np.float32([-1, 2]), np.full(2, -np.inf, np.float32)),
+    "dropout": (PLAIN, "dropout_rate", 0.3, 0.0),
+    "sink tokens": (PLAIN.but(local_window_size=(8, 2)), "num_sink_tokens", 3, 0),
+    "segments": (SQUARE, IDS, [*segments((50, 40), (20, 70)).values()], [ONE_SEGMENT] * 2),
+    "prefix": (CAUSAL, "prefix_lengths", np.int32([60, 0]), np.int32([0, -1])),
+    "spans": (CAUSAL, "bidirectional_spans", np.int32([[[20, 50]], [[3, 9]]]),
+              np.int32([[[20, 20]], [[9, 3]]])),
 }  # fmt: skip
+OF_ALL_ROWS = ("scale", "bias", "cap", "alibi", "sinks")
 
 
 def with_flag(call, name, value):
+    if isinstance(name, tuple):
+        return call.on(**dict(zip(name, value, strict=True)))
     return (call.on if name not in call.options and isinstance(value, np.ndarray) else call.but)(
         **{name: value}
     )
@@ -230,13 +272,17 @@ def with_flag(call, name, value):
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag_changes_the_rows_that_it_should(run, flag):
-    """Exactly those: all for scale and bias, for others those that now see other keys."""
+    """Exactly those: all for what changes scores, for others those that now see other keys.
+
+    Dropout leaves the log-sum-exp as it is, and changes the output of all rows.
+    """
     call, name, value, _ = FLAGS[flag]
     flagged = with_flag(call, name, value)
-    expected = (visible(call) != visible(flagged)).any(axis=-1) | (flag in ("scale", "bias"))
-    assert expected.any()
+    expected = (visible(call) != visible(flagged)).any(axis=-1) | (flag in OF_ALL_ROWS)
     before, after = run(call, gradients=False), run(flagged, gradients=False)
     np.testing.assert_array_equal(differing(run, before["lse"], after["lse"]), expected)
+    expected = expected | (flag == "dropout")
+    assert expected.any()
     moved = (np.asarray(before["out"]) != np.asarray(after["out"])).any(axis=-1).swapaxes(1, 2)
     assert moved[expected].mean() > 0.9  # a change may be less than bfloat16 shows
 
@@ -245,7 +291,7 @@ def test_flag_changes_the_rows_that_it_should(run, flag):
 def test_neutral_value_of_a_flag_changes_nothing(run, flag):
     call, name, _, neutral = FLAGS[flag]
     plain, flagged = parts(run(call)), parts(run(with_flag(call, name, neutral)))
-    if flag not in ("mask", "bias"):
+    if flag not in ("mask", "bias", "alibi", "segments"):
         return assert_same(run, flagged, plain)
     # Scores with a bias or mask take other kernels, as those with an array for scale do: their bits
     # are those of the latter, and near the plain ones, which fold the scale into the exponent.
