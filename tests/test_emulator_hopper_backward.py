@@ -26,6 +26,15 @@ CASES_OF_GRADIENTS = (
     "lengths-both",
     "lengths-causal-bottom-right",
     "lengths-window-bottom-right",
+    "spans",
+    "spans-nested",
+    "spans-prefix-bottom-right",
+    "packed-causal",
+    "packed-cross",
+    "packed-cross-bottom-right",
+    "packed-gaps",
+    "packed-window-bottom-right",
+    "packed-nothing",
 )
 
 

@@ -41,6 +41,12 @@ SOME = (
     "mask-bias",
     "scale-traced-negative",
     "everything",
+    "prefix",
+    "spans-window",
+    "spans-prefix-bottom-right",
+    "packed-causal",
+    "packed-cross-bottom-right",
+    "packed-gaps",
 )
 IN_CLUSTERS = (
     "dense-63x63",  # the second block of a cluster has no keys
@@ -54,6 +60,9 @@ IN_CLUSTERS = (
     "lengths-all-zero",
     "gqa-6-3-causal",
     "everything",
+    "spans",
+    "packed-cross",
+    "packed-gaps",
 )
 CLUSTER_DIMS = (256, 256)  # what plain scores run in clusters of two blocks
 

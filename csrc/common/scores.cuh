@@ -72,7 +72,7 @@ struct ScoreRule {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
-      hide_outside(s, r, at, sequence.rows_of_keys(j, j + 1));
+      hide_outside(s, r, at, sequence.rows(j));
     }
   }
 

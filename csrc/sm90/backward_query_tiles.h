@@ -25,6 +25,8 @@ struct BackwardQueryTile {
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
+  static constexpr bool kReadsTable = true;
+
   // Registers of a thread, as in ForwardTile.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -81,7 +83,7 @@ template <int kHeadDim, class F>
 auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
-    if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

@@ -19,8 +19,8 @@ enum class QueryShare {
 };
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
-// come through a ring of kStages places.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_>
+// come through a ring of kStages places. Some have no registers left to read a table of who sees whom.
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, bool kReadsTable_ = true>
 struct BackwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -29,6 +29,8 @@ struct BackwardTile {
   static constexpr int kStages = 2;
   static constexpr QueryShare kShare = kShare_;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  static constexpr bool kReadsTable = kReadsTable_;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -53,6 +55,7 @@ struct BackwardTiles {
   using Dense = BackwardTile<kHeadDim, 2, 80, QueryShare::kColumns>;  // 4k: 515 (64 queries: 497), 16k: 543 (523)
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
+  using Tables = Long;                                                  // where a table says who sees whom
   using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns>;  // 64 queries spill while they read a bias
 };
 template <>
@@ -60,14 +63,16 @@ struct BackwardTiles<96> {
   using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;
   using Long = Dense;
   using Short = Long;
+  using Tables = Long;
   using General = Long;
 };
 template <>
 struct BackwardTiles<64> {
-  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
-  using Long = Dense;                                         // causal 4k: 449 (423)
-  using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns, false>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
+  using Long = Dense;                                                // causal 4k: 449 (423)
+  using Short = BackwardTile<64, 2, 128, QueryShare::kRows, false>;  // 1k: 386 (371); causal 1k: 291 (295)
+  using Tables = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using General = Tables;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -76,7 +81,8 @@ auto with_backward_tile(const Problem& p, F&& f) {
   // Below, tiles of 64 and 128 leave less of a rest: d 128 at 512 tokens 380 against 361 of 80 queries.
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
-  if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+  if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+  if (needs_table(p.visibility)) return f(Type<typename Tiles::Tables>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

@@ -29,6 +29,7 @@ struct BackwardWideTile {
   // So many steps of 16 columns of K and of V are held in registers. A product of 64 x 32 x 16 whose operands both lie
   // in shared memory reads 3 KB of it, at 128 bytes a cycle, in the time of 16 cycles; with K in registers 1 KB.
   static constexpr int kHeldSteps = kHeldSteps_;
+  static constexpr bool kReadsTable = true;
   static constexpr int kThreads = 3 * kWarpgroupThreads;
 
   // Registers of a thread, as in ForwardTile.
@@ -74,7 +75,7 @@ template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardWideTiles<kHeadDim, value_dim.value>;
-    if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

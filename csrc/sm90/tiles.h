@@ -18,8 +18,10 @@ constexpr int kWarpgroupRows = 64;  // M of wgmma
 //
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
+//
+// Some tiles have no registers left to read a table of who sees whom; they run where there is none.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1>
+          int kCluster_ = 1, bool kReadsTable_ = true>
 struct ForwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -33,6 +35,8 @@ struct ForwardTile {
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
+
+  static constexpr bool kReadsTable = kReadsTable_;
 
   // Registers of a thread: as the block starts, an equal share of 65536 in steps of 8, then what the roles need.
   // Growing beyond the sum of those shares would wait for ever.
@@ -67,9 +71,9 @@ struct ForwardTiles {
 
 template <>
 struct ForwardTiles<64, 64> {
-  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;   // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
-  using Long = ForwardTile<64, 64, 3, 96, 6, true>;      // causal 4k: 438 (2x128: 431), 16k: 513 (472)
-  using Short = ForwardTile<64, 64, 2, 128, 6, true>;    // causal 1k: 330 (3x96: 289)
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false, 1, false>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;               // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;             // causal 1k: 330 (3x96: 289)
   using General = ForwardTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
@@ -102,7 +106,7 @@ struct ForwardTiles<192, 192> {
 };
 template <>
 struct ForwardTiles<256, 256> {
-  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;    // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
+  using Dense = ForwardTile<256, 256, 2, 96, 3, false, 1, false>;  // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;  // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;    // causal 1k: 432 (with cluster 425)
   using General = ForwardTile<256, 256, 2, 32, 6, false>;
@@ -114,20 +118,22 @@ enum class ForwardKind { kDense, kLong, kShort, kGeneral };
 inline bool is_dense(const Problem& p) {
   const Visibility& v = p.visibility;
   return v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && v.q_lengths == nullptr &&
-         v.k_lengths == nullptr;
+         v.k_lengths == nullptr && !needs_table(v);
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p.scores)) return ForwardKind::kGeneral;
+  if (is_general(p)) return ForwardKind::kGeneral;
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
   if (is_dense(p)) return ForwardKind::kDense;
-  const int64_t window = int64_t(p.visibility.window_left) + p.visibility.window_right + 1;
-  return std::min<int64_t>(p.shape.k_len, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
+  const Visibility& v = p.visibility;
+  const int64_t window = int64_t(v.window_left) + v.window_right + 1;
+  const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
+  return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
 // `q_tile`: rows of an item.
