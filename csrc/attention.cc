@@ -12,8 +12,17 @@ namespace {
 
 using HeadDims = IntList<JFA_HEAD_DIMS>;
 
-constexpr int64_t kForwardScratchFloats = 1;
-static_assert(sizeof(float) == sizeof(uint32_t), "the counter takes one float's place");
+static_assert(sizeof(float) == sizeof(uint32_t), "counters and tables take floats' places");
+
+// Scratch is a sequence of parts; the table, of 16 bytes a record, is the last, and comes after a multiple of them.
+int64_t with_table(const Problem& p, int64_t floats) {
+  return needs_table(p.visibility) ? (floats + 3) / 4 * 4 + 4 * table_records(p.shape) : floats;
+}
+int* table_in(const Problem& p, float* scratch, int64_t floats) {
+  return needs_table(p.visibility) ? reinterpret_cast<int*>(scratch + (floats + 3) / 4 * 4) : nullptr;
+}
+
+constexpr int64_t kForwardCounterFloats = 1;
 
 // Of Gradients: enough for every family, so that it depends on no device.
 template <int kHeadDim>
@@ -29,8 +38,6 @@ std::string unbuilt(const Problem& p) {
   if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
   if (p.visibility.sink_tokens > 0) return "num_sink_tokens";
   if (p.visibility.q_segments != nullptr) return "query_segment_ids";
-  if (p.visibility.spans != nullptr) return "prefix_lengths and bidirectional_spans";
-  if (p.visibility.cu_q != nullptr) return "packed sequences";
   return "";
 }
 
@@ -88,9 +95,10 @@ Status choose_family(const std::string& name, const Device& device, Family& fami
 
 Status finish_plan(const Problem& p, const Family& family, const Device& device, Plan& plan) {
   plan.family = family.hopper ? "sm90" : "sm80";
-  plan.why = family.why + (is_general(p.scores)
-                               ? "; bias, mask, soft cap, ALiBi, dropout or a scale on the device: general scores"
-                               : "; plain scores");
+  plan.why =
+      family.why + (is_general(p)
+                        ? "; bias, mask, soft cap, ALiBi, segments, dropout or a scale on the device: general scores"
+                        : "; plain scores");
   if (plan.shared_memory_bytes > device.shared_memory_bytes) {
     return Status::Unimplemented(
         "head dim " + std::to_string(plan.head_dim) + " needs " + std::to_string(plan.shared_memory_bytes) +
@@ -136,7 +144,7 @@ Status plan_forward(const Problem& p, const std::string& family_name, const Devi
   const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    plan.scratch_floats = kForwardScratchFloats;
+    plan.scratch_floats = with_table(p, kForwardCounterFloats);
     if (family.hopper) {
       sm90::plan_forward<dim.value>(p, device.multiprocessors, plan);
     } else {
@@ -152,7 +160,7 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
   const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    plan.scratch_floats = cleared_floats<dim.value>(p, g) + delta_floats(p);
+    plan.scratch_floats = with_table(p, cleared_floats<dim.value>(p, g) + delta_floats(p));
     if (family.hopper) {
       sm90::plan_backward<dim.value>(p, g, plan);
     } else {
@@ -162,14 +170,14 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
   });
 }
 
-Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const std::string& family_name,
-               cudaStream_t stream) {
+Status forward(Problem p, float* scratch, int64_t scratch_floats, const std::string& family_name, cudaStream_t stream) {
   Device device;
   Family family;
   Status status = current_device(device);
-  if (status.ok()) status = check_scratch(scratch_floats, kForwardScratchFloats);
+  if (status.ok()) status = check_scratch(scratch_floats, with_table(p, kForwardCounterFloats));
   if (status.ok()) status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
+  p.visibility.table = table_in(p, scratch, kForwardCounterFloats);
   return choose(p, [&](auto dim) {
     if constexpr (sm90::kBuilt) {
       if (family.hopper) {
@@ -180,7 +188,7 @@ Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const s
   });
 }
 
-Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family_name,
+Status backward(Problem p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family_name,
                 cudaStream_t stream) {
   Device device;
   Family family;
@@ -189,11 +197,13 @@ Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_f
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
     g.cleared_floats = cleared_floats<dim.value>(p, g);
-    Status launched = check_scratch(scratch_floats, g.cleared_floats + delta_floats(p));
+    const int64_t before_table = g.cleared_floats + delta_floats(p);
+    Status launched = check_scratch(scratch_floats, with_table(p, before_table));
     if (!launched.ok()) return launched;
     g.dq_accumulator = scratch;
     g.counters = reinterpret_cast<uint32_t*>(scratch + g.cleared_floats - kBackwardCounters);
     g.delta = scratch + g.cleared_floats;
+    p.visibility.table = table_in(p, scratch, before_table);
     if constexpr (sm90::kBuilt) {
       if (family.hopper) launched = sm90::launch_backward<dim.value>(p, g, device.multiprocessors, stream);
     }

@@ -38,10 +38,10 @@ Status plan_forward(const Problem& p, const std::string& family, const Device& d
 Status plan_backward(const Problem& p, const Gradients& g, const std::string& family, const Device& device, Plan& plan);
 
 // Enqueue the work on the current device; nothing is allocated and nothing waits. Scratch has plan.scratch_floats
-// elements: the forward's holds the counter of work items, the backward's delta and the accumulator of dq.
-Status forward(const Problem& p, float* scratch, int64_t scratch_floats, const std::string& family,
-               cudaStream_t stream);
-Status backward(const Problem& p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family,
+// elements: the forward's holds the counter of work items, the backward's delta and the accumulator of dq, both the
+// table of who sees whom where there is one.
+Status forward(Problem p, float* scratch, int64_t scratch_floats, const std::string& family, cudaStream_t stream);
+Status backward(Problem p, Gradients g, float* scratch, int64_t scratch_floats, const std::string& family,
                 cudaStream_t stream);
 
 }  // namespace jfa

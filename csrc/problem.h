@@ -95,7 +95,22 @@ struct Visibility {
   const int* cu_q = nullptr;
   const int* cu_k = nullptr;
   int sequences = 0;
+  int* table = nullptr;  // scratch: what prepare_visibility() makes of the above where no formula does
 };
+
+// Whether who sees whom is read from a table, see common/sequence.cuh.
+inline bool needs_table(const Visibility& v) {
+  return v.q_segments != nullptr || v.spans != nullptr || v.cu_q != nullptr;
+}
+// Of each side of a batch entry the table has a group of records for kTableTile tokens: one for each, one for each
+// kTableBlock of them, and one for all. A record is four ints.
+constexpr int kTableBlock = 16, kTableTile = 64;
+constexpr int kTableGroup = kTableTile + kTableTile / kTableBlock + 1;
+
+inline int64_t table_records(const Shape& s) {
+  const auto groups = [](int64_t tokens) { return (tokens + kTableTile - 1) / kTableTile; };
+  return s.batch * (groups(s.q_len) + groups(s.k_len)) * kTableGroup;
+}
 
 struct Problem {
   Shape shape;
@@ -105,6 +120,8 @@ struct Problem {
   Scores scores;
   Visibility visibility;
 };
+
+inline bool is_general(const Problem& p) { return is_general(p.scores) || p.visibility.q_segments != nullptr; }
 
 constexpr int kBackwardCounters = 4;  // two are used; the clearing kernel writes 16 bytes at a time
 

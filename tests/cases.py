@@ -10,15 +10,20 @@ import pytest
 
 LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
 # Options that are int32 arrays, given in a Case as tuples.
-INTEGERS = (*LENGTHS, "query_segment_ids", "key_value_segment_ids") + (
-    "prefix_lengths",
-    "bidirectional_spans",
-)
+PACKED = ("cu_seqlens_q", "cu_seqlens_k")
+INTEGERS = (
+    *LENGTHS, *PACKED, "query_segment_ids", "key_value_segment_ids",
+    "prefix_lengths", "bidirectional_spans",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of attention; `options` are its keyword arguments, all but arrays drawn here."""
+    """One call of attention; `options` are its keyword arguments, all but arrays drawn here.
+
+    With cu_seqlens_q and cu_seqlens_k it is one of varlen_attention: its batch is 1, and these two
+    arrays are [1, sequences + 1].
+    """
 
     name: str
     q_len: int = 64
@@ -54,6 +59,9 @@ class Case:
         for name in INTEGERS:
             if name in self.options:
                 arrays[name] = np.asarray(self.options[name], np.int32)
+        for name in PACKED:
+            if name in arrays:
+                arrays[name] = arrays[name][None]
         if self.alibi is not None:
             arrays["alibi_slopes"] = 2 ** normal(rng, self.alibi, "float32") / 8
         if self.sinks is not None:
@@ -260,6 +268,37 @@ def _spans():
     yield Case("spans-sink-tokens", 150, options=causal | spans | sinks)
 
 
+def packed(*pairs, first=(0, 0), **options):
+    """cu_seqlens_q and cu_seqlens_k of sequences with (query length, key length), and options."""
+    ends = np.cumsum([first, *pairs], axis=0)
+    return dict(zip(PACKED, map(tuple, ends.T.tolist()), strict=True)) | options
+
+
+def _packed():
+    def case(name, q_len, k_len, options, **fields):
+        return Case(f"packed-{name}", q_len, k_len, batch=1, options=options, **fields)
+
+    same = ((64, 64), (1, 1), (70, 70), (0, 0), (129, 129), (36, 36))
+    causal = {"is_causal": True}
+    bottom = causal | {"causal_alignment": "bottom_right"}
+    yield case("dense", 300, 300, packed(*same))
+    yield case("causal", 300, 300, packed(*same, **causal), heads=4, kv_heads=2)
+    cross = ((0, 30), (20, 0), (50, 131), (7, 3), (0, 0), (90, 100), (5, 0))
+    yield case("cross", 172, 264, packed(*cross))
+    yield case("cross-causal", 172, 264, packed(*cross, **causal))
+    yield case("cross-bottom-right", 172, 264, packed(*cross, **bottom))
+    gaps = packed((30, 40), (0, 5), (60, 70), first=(11, 7), **bottom)
+    yield case("gaps", 150, 140, gaps)
+    yield case("window", 172, 264, packed(*cross, local_window_size=(9, 4)))
+    yield case("window-bottom-right", 172, 264, packed(*cross, **bottom, local_window_size=20))
+    yield case("nothing", 65, 70, packed())
+    yield case("one", 65, 129, packed((65, 129)))
+    yield case("many", 200, 200, packed(*((n % 5, n % 5) for n in range(100)), **causal))
+    features = packed(*cross, **bottom, logits_soft_cap=2.0)
+    yield case("cap-alibi-sinks", 172, 264, features, alibi=(2,), sinks=(2,))
+    yield case("dropout", 172, 264, packed(*cross, dropout_rate=0.3))
+
+
 def _scale():
     yield Case("scale-static", 65, options={"scale": 0.31})
     yield Case("scale-traced", 65, traced_scale=0.31)
@@ -275,13 +314,10 @@ EVERYTHING = Case(
     },
 )  # fmt: skip
 
-GROUPS = (_dense, _causal, _windows, _lengths, _heads, _bias_and_mask, _dims, _scale) + (
-    _score_features,
-    _dropout,
-    _sink_tokens,
-    _segments,
-    _spans,
-)
+GROUPS = (
+    _dense, _causal, _windows, _lengths, _heads, _bias_and_mask, _dims, _scale,
+    _score_features, _dropout, _sink_tokens, _segments, _spans, _packed,
+)  # fmt: skip
 CASES = {case.name: case for group in GROUPS for case in group()} | {EVERYTHING.name: EVERYTHING}
 
 
@@ -290,8 +326,6 @@ UNBUILT = (
     "dropout_rate",
     "num_sink_tokens",
     "query_segment_ids",
-    "prefix_lengths",
-    "bidirectional_spans",
 )
 
 

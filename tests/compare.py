@@ -11,9 +11,10 @@ import importlib.util
 import jax
 import numpy as np
 import pytest
+from cases import PACKED
 from oracle import attend
 
-from jax_flashattn import attention
+from jax_flashattn import attention, varlen_attention
 
 HAS_KERNELS = importlib.util.find_spec("jax_flashattn._ext") is not None
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the package was built without kernels")
@@ -30,7 +31,17 @@ def prepare(case, dtype, *, lse_cotangent=True, gradients=True, **options):
     d_out, d_lse = case.cotangents(dtype)
 
     def call(primal):
+        if "cu_seqlens_q" in arrays:
+            return packed_call(primal)
         out, lse = attention(**primal, **arrays, **case.static(), **options, return_lse=True)
+        return (out, lse) if lse_cotangent else (out, jax.lax.stop_gradient(lse))
+
+    def packed_call(primal):
+        operands = primal | arrays
+        for name in ("query", "key", "value", *PACKED):
+            operands[name] = operands[name][0]
+        results = varlen_attention(**operands, **case.static(), **options, return_lse=True)
+        out, lse = (x[None] for x in results)
         return (out, lse) if lse_cotangent else (out, jax.lax.stop_gradient(lse))
 
     @jax.jit

@@ -89,10 +89,10 @@ def distances(batch, q_len, k_len, *, causal_alignment="top_left", **visibility)
     return np.arange(k_len) - np.arange(q_len)[:, None] - offset[:, None, None]
 
 
-def kept(seeds, q_len, k_len, rate):
+def kept(seeds, q_len, k_len, rate, first_row=0, first_key=0):
     """What dropout multiplies probabilities by, [B, N, T, S]: Philox2x32-7 in 64-bit integers."""
     steps = round(rate * 2**16)
-    i, j = np.arange(q_len)[:, None], np.arange(k_len)
+    i, j = first_row + np.arange(q_len)[:, None], first_key + np.arange(k_len)
     seeds = np.asarray(seeds).astype(np.uint64)[:, :, None, None]
     key = seeds[..., 0]
     first = np.broadcast_to(i // 16 * 8 + i % 8, (q_len, k_len)).astype(np.uint64)
@@ -135,18 +135,57 @@ def attend(
     d_out=None,
     d_lse=None,
     precision="float64",
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
     **visibility,
 ):
     """Forward, and with d_out also backward. Returns a dict of arrays in the computing type.
 
+    With cu_seqlens_q and cu_seqlens_k, [1, sequences + 1], a call for each sequence.
+
     out [B, T, N, Hv], lse [B, N, T]; query, key, value, bias, scale, sinks: the gradients, under
     the names of what they differentiate.
     """
-    with np.errstate(over="ignore"):  # float16 intermediates of `low` may reach inf
+
+    def one(query, key, value, d_out, d_lse, origin=(0, 0)):
         return _attend(
             query, key, value, bias, mask, scale, logits_soft_cap, alibi_slopes, sinks,
-            (dropout_rate, dropout_seeds), d_out, d_lse, precision, visibility,
+            (dropout_rate, dropout_seeds, *origin), d_out, d_lse, precision, visibility,
         )  # fmt: skip
+
+    with np.errstate(over="ignore"):  # float16 intermediates of `low` may reach inf
+        if cu_seqlens_q is None:
+            return one(query, key, value, d_out, d_lse)
+        return _by_sequence(one, query, key, value, d_out, d_lse, cu_seqlens_q[0], cu_seqlens_k[0])
+
+
+def _by_sequence(one, query, key, value, d_out, d_lse, cu_q, cu_k):
+    """What one() gives for each sequence, put together; nothing for what belongs to none."""
+    nothing = one(query[:, :0], key[:, :0], value[:, :0], *(
+        None if x is None else x.take([], axis) for x, axis in ((d_out, 1), (d_lse, 2))
+    ))  # fmt: skip
+    tokens = {"out": query, "query": query, "key": key, "value": value}
+    axes = dict.fromkeys(tokens, 1) | {"lse": 2}
+    result = {}
+    for name, x in nothing.items():
+        shape = list(x.shape)
+        if name in axes:
+            shape[axes[name]] = tokens.get(name, query).shape[1]
+        result[name] = np.full(shape, NEGATIVE_INFINITY if name == "lse" else 0, x.dtype)
+    for n in range(len(cu_q) - 1):
+        i, j = slice(cu_q[n], cu_q[n + 1]), slice(cu_k[n], cu_k[n + 1])
+        part = one(
+            query[:, i], key[:, j], value[:, j], None if d_out is None else d_out[:, i],
+            None if d_lse is None else d_lse[:, :, i], (cu_q[n], cu_k[n]),
+        )  # fmt: skip
+        for name, x in part.items():
+            if name == "lse":
+                result[name][:, :, i] = x
+            elif name in tokens:
+                result[name][:, i if tokens[name] is query else j] = x
+            else:
+                result[name] = result[name] + x
+    return result
 
 
 def _attend(
@@ -193,7 +232,8 @@ def _attend(
         p = store(p * share[..., None])
     keep = dtype.type(1)
     if dropout[0] > 0:
-        keep = kept(dropout[1], q_len, k_len, dropout[0]).astype(dtype)
+        rate, seeds, *origin = dropout
+        keep = kept(seeds, q_len, k_len, rate, *origin).astype(dtype)
     out = store(store(keep * p) @ v)
     result = {"out": out.swapaxes(1, 2), "lse": lse}
     if d_out is None:

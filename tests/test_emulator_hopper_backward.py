@@ -33,6 +33,15 @@ CASES_OF_GRADIENTS = (
     "alibi-lengths",
     "sinks-lengths",
     "sinks-everything",
+    "spans",
+    "spans-nested",
+    "spans-prefix-bottom-right",
+    "packed-causal",
+    "packed-cross",
+    "packed-cross-bottom-right",
+    "packed-gaps",
+    "packed-window-bottom-right",
+    "packed-nothing",
 )
 
 

@@ -48,6 +48,12 @@ SOME = (
     "sinks-of-rows-without-keys",
     "sinks-everything",
     "everything",
+    "prefix",
+    "spans-window",
+    "spans-prefix-bottom-right",
+    "packed-causal",
+    "packed-cross-bottom-right",
+    "packed-gaps",
 )
 IN_CLUSTERS = (
     "dense-63x63",  # the second block of a cluster has no keys
@@ -62,6 +68,9 @@ IN_CLUSTERS = (
     "gqa-6-3-causal",
     "sinks-lengths",
     "everything",
+    "spans",
+    "packed-cross",
+    "packed-gaps",
 )
 CLUSTER_DIMS = (256, 256)  # what plain scores run in clusters of two blocks
 

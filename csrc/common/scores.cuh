@@ -118,7 +118,7 @@ struct ScoreRule {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
-      hide_outside(s, r, at, sequence.rows_of_keys(j, j + 1));
+      hide_outside(s, r, at, sequence.rows(j));
     }
   }
 
@@ -200,7 +200,8 @@ struct ScoreRule {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = at.row(r);
-      const float first = kTransposed ? sequence.distance(at.first_col, row) : sequence.distance(row, at.first_col);
+      const int i = kTransposed ? at.first_col : row, j = kTransposed ? row : at.first_col;
+      const float first = j - i - (kTransposed ? sequence.offset_of_key(j) : sequence.offset_of_row(i));
 #pragma unroll
       for (int c = 0; c < kCols; ++c) {
         const float offset = Position<>::col_offset(c);

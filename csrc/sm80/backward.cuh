@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
   const int b = item.batch;
   const int group = p.shape.heads / p.shape.kv_heads;
   const int j = item.tile * Shape::kK;
-  const Sequence sequence(p, b);
+  const Sequence sequence(p, b, kGeneral);
   const Interval rows = sequence.rows_of_keys(j, j + Shape::kK);
   const int first_tile = rows.begin / Shape::kQ;  // dQ tiles lie on one grid for all blocks
   const int tiles = rows.empty() ? 0 : ceil_div(rows.end, Shape::kQ) - first_tile;
@@ -104,16 +104,18 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
   const int query_row = warp / Layout::kQueryAcross * Layout::kQueryRows;
   const int query_col = warp % Layout::kQueryAcross * 16;
 
+  const auto seeing_rows = [&](int i) { return rows.contains(i) && sequence.sees(i); };
   const auto load_q = [&](int n, int stage) {
     load_tile<TileQ, kThreads>(smem.q[stage], head_of(p.q, b, item.head * group + n / tiles), p.q.row_stride,
-                               (first_tile + n % tiles) * Shape::kQ, rows, p.shape.head_dim);
+                               (first_tile + n % tiles) * Shape::kQ, seeing_rows, p.shape.head_dim);
   };
   const auto load_d_o = [&](int n) {
     load_tile<TileQ, kThreads>(smem.d_o, head_of(g.d_o, b, item.head * group + n / tiles), g.d_o.row_stride,
-                               (first_tile + n % tiles) * Shape::kQ, rows, p.shape.value_dim);
+                               (first_tile + n % tiles) * Shape::kQ, seeing_rows, p.shape.value_dim);
   };
   const Interval keys{j, sequence.k_len};
-  load_tile<TileK, kThreads>(smem.k, head_of(p.k, b, item.head), p.k.row_stride, j, keys, p.shape.head_dim);
+  const auto seen_keys = [&](int key) { return keys.contains(key) && sequence.is_seen(key); };
+  load_tile<TileK, kThreads>(smem.k, head_of(p.k, b, item.head), p.k.row_stride, j, seen_keys, p.shape.head_dim);
   load_tile<TileK, kThreads>(smem.v, head_of(p.v, b, item.head), p.v.row_stride, j, keys, p.shape.value_dim);
   if (tiles > 0) {
     load_q(0, 0);

@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   const int warp_tile_row = warp_index() * Shape::kRowsPerWarp;
   const Interval keys = sequence.keys_of_rows(i, i + Shape::kQ);
   const Interval rows{0, sequence.q_len};
+  const auto seen_keys = [&](int j) { return keys.contains(j) && sequence.is_seen(j); };
   const ScoreRule<true> rule(p.scores, b, h);
 
   load_tile<decltype(smem.q), Shape::kThreads>(smem.q, head_of(p.q, b, h), p.q.row_stride, i, rows, p.shape.head_dim);
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   dq.clear();
 #pragma unroll 1
   for (int j = keys.begin; j < keys.end; j += Shape::kK) {
-    load_tile<decltype(smem.k), Shape::kThreads>(smem.k, head_of(p.k, b, h_kv), p.k.row_stride, j, keys,
+    load_tile<decltype(smem.k), Shape::kThreads>(smem.k, head_of(p.k, b, h_kv), p.k.row_stride, j, seen_keys,
                                                  p.shape.head_dim);
     load_tile<decltype(smem.k), Shape::kThreads>(smem.v, head_of(p.v, b, h_kv), p.v.row_stride, j, keys,
                                                  p.shape.value_dim);

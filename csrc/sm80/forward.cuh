@@ -64,11 +64,12 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
   const uint16_t* k = head_of(p.k, b, h_kv);
   const uint16_t* v = head_of(p.v, b, h_kv);
 
-  const Sequence sequence(p, b);
+  const Sequence sequence(p, b, kGeneral);
   const int tile_row = item.tile * Shape::kQ;
   const int warp_tile_row = warp_index() * Shape::kRowsPerWarp;
   const int warp_row = tile_row + warp_tile_row;
   const Interval keys = sequence.keys_of_rows(tile_row, tile_row + Shape::kQ);
+  const auto seen_keys = [&](int j) { return keys.contains(j) && sequence.is_seen(j); };
   const Interval unmasked = sequence.keys_of_all_rows(warp_row, warp_row + Shape::kRowsPerWarp);
 
   const ScoreRule<kGeneral> rule(p.scores, b, h);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
   for (int j = keys.begin; j < keys.end; j += Shape::kK) {
     copy_async_wait<0>();
     barrier();  // K of this tile has landed for all, and no warp reads the previous V any more
-    load_tile<decltype(smem.v), Shape::kThreads>(smem.v, v, p.v.row_stride, j, keys, p.shape.value_dim);
+    load_tile<decltype(smem.v), Shape::kThreads>(smem.v, v, p.v.row_stride, j, seen_keys, p.shape.value_dim);
     copy_async_commit();
 
     Fragment<kRows, Shape::kK / 4> s;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/prepare_backward.cuh"
+#include "common/visibility.cuh"
 #include "dispatch.h"
 #include "sm80/backward.cuh"
 #include "sm80/backward_query.cuh"
@@ -33,9 +34,10 @@ Status launch_backward(const Problem& p, const Gradients& g, cudaStream_t stream
   const int64_t key_tiles = int64_t(ceil_div(p.shape.k_len, Shape::kK)) * p.shape.kv_heads * p.shape.batch;
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
-    Status status = launch_prepare_backward<Element, Sm80>(p, g, stream);
+    Status status = launch_prepare_visibility<Sm80>(p, stream);
+    if (status.ok()) status = launch_prepare_backward<Element, Sm80>(p, g, stream);
     if (!status.ok()) return status;
-    status = with_bool(is_general(p.scores), [&](auto general) {
+    status = with_bool(runs_general(p), [&](auto general) {
       return launch("jax_flashattn sm80 backward", backward<Element, kHeadDim, general.value>,
                     Grid{key_tiles, Shape::kThreads, sizeof(Smem)}, stream, p, g);
     });

@@ -32,12 +32,12 @@ struct Tile {
   }
 };
 
-// Starts the copy of rows [first_row, first_row + kRows) of one head into a tile. Rows outside `valid` and columns at
+// Starts the copy of rows [first_row, first_row + kRows) of one head into a tile. Rows that take no part and columns at
 // or past `dim` become zero: what lies there belongs to others, and 0 x NaN is NaN. A thread's chunks all have the same
 // swizzle, so that its addresses differ by constants and one stride.
-template <class Tile, int kThreads>
+template <class Tile, int kThreads, class TakesPart>
 __device__ __forceinline__ void load_tile(const Tile& tile, const uint16_t* head, int64_t row_stride, int first_row,
-                                          Interval valid, int dim) {
+                                          const TakesPart& takes_part, int dim) {
   constexpr int kGroup = Tile::kGroup;
   constexpr int kRowStep = kThreads / kGroup;
   static_assert(kRowStep % 8 == 0 && Tile::kRows % kRowStep == 0, "the block's threads cover whole groups of rows");
@@ -48,13 +48,20 @@ __device__ __forceinline__ void load_tile(const Tile& tile, const uint16_t* head
   const uint16_t* source = head + (first_row + row) * row_stride + col;
 #pragma unroll
   for (int n = 0; n < Tile::kRows / kRowStep; ++n) {
-    const bool row_valid = valid.contains(first_row + row + n * kRowStep);
+    const bool row_valid = takes_part(first_row + row + n * kRowStep);
 #pragma unroll
     for (int c = 0; c < Tile::kCols; c += kGroup * kChunk) {
       copy_async_16(shared + n * kRowStep * Tile::kRowBytes + c * 2, source + c, row_valid && col + c < dim);
     }
     source += kRowStep * row_stride;
   }
+}
+
+// The same where the rows of an interval take part.
+template <class Tile, int kThreads>
+__device__ __forceinline__ void load_tile(const Tile& tile, const uint16_t* head, int64_t row_stride, int first_row,
+                                          const Interval& valid, int dim) {
+  load_tile<Tile, kThreads>(tile, head, row_stride, first_row, [&](int row) { return valid.contains(row); }, dim);
 }
 
 // One lane's addresses for ldmatrix.x4 over the 16 x 16 blocks of a tile: rows of blocks side by side, and every

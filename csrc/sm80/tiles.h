@@ -10,6 +10,10 @@ namespace jfa::sm80 {
 
 constexpr int kSharedMemoryLimit = 99 * 1024;
 
+// The kernels for general scores are those that read a table of who sees whom: where scores are plain, that would cost
+// registers in the loops of all who have no table.
+inline bool runs_general(const Problem& p) { return is_general(p) || needs_table(p.visibility); }
+
 // A warp owns q_tile / warps query rows; with 32 of them each key it reads from shared memory serves two products.
 template <int kHeadDim>
 struct ForwardTile {

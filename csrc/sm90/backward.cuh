@@ -26,12 +26,13 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
   RingPosition<Shape::kStages> at(1);
   uint32_t landed_parity = 0;
 
-  // Rows of a tile that take no part become zeros: what lies there belongs to others, and 0 x NaN is NaN. `length` is
-  // the tensor's own: past it TMA writes zeros.
+  // Rows of a tile that take no part become zeros: what lies there belongs to others, and 0 x NaN is NaN. Those are
+  // rows outside `part`, and in it, where there are `gaps`, those of which takes_part() says so.
   const auto load_tile = [&](auto type, const TensorMap& map, uint32_t to, uint32_t full, int first, Interval part,
-                             int length, int head, int batch) {
+                             int length, bool gaps, const auto& takes_part, int head, int batch) {
     using Tile = typename decltype(type)::type;
-    const bool clean = first < part.begin || part.end < min(first + Tile::kRows, length);
+    // Past `length`, the tensor's own, TMA writes zeros.
+    const bool clean = first < part.begin || part.end < min(first + Tile::kRows, length) || gaps;
     if (elect_one()) {
       const uint32_t mbarrier = clean ? landed : full;
       mbarrier_arrive_expect(mbarrier, Tile::kBytes);
@@ -43,13 +44,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     if (!clean) return;
     mbarrier_wait(landed, landed_parity);
     landed_parity ^= 1;
-#pragma unroll 1
-    for (int row = 0; row < Tile::kRows; ++row) {
-      if (part.contains(first + row)) continue;
-      for (int chunk = lane_index(); chunk < Tile::kChunks * 8; chunk += kWarpThreads) {
-        store_shared_128(to + Tile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
-      }
-    }
+    clean_rows<Tile>(to, [&](int row) { return part.contains(first + row) && takes_part(first + row); });
     fence_async_shared();
     arrive_for_warp(full);
   };
@@ -66,26 +61,33 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     }
     warp_barrier();
     if (item.first_key < 0) break;
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    const auto load_rows = [&](const TensorMap& map, uint32_t to, uint32_t full, int h, int i) {
+      load_tile(
+          Type<QueryTile>{}, map, to, full, i, rows, a.p.shape.q_len, sequence.has_blind_rows(i, i + Shape::kQ),
+          [&](int row) { return sequence.sees(row); }, h, item.batch);
+    };
     const auto load_q = [&](int h, int i) {
       mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
-      load_tile(Type<QueryTile>{}, a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), i,
-                rows, a.p.shape.q_len, h, item.batch);
+      load_rows(a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), h, i);
     };
     const auto load_d_o = [&](int h, int i) {
-      load_tile(Type<QueryTile>{}, a.d_o, shared_address(smem.d_o[at.slot].bytes),
-                shared_address(&smem.d_o_full[at.slot]), i, rows, a.p.shape.q_len, h, item.batch);
+      load_rows(a.d_o, shared_address(smem.d_o[at.slot].bytes), shared_address(&smem.d_o_full[at.slot]), h, i);
     };
     const int group = a.p.shape.heads / a.p.shape.kv_heads;
     bool early = item.q_tiles > 0;  // the first Q is on its way while the item before is being finished
     if (early) load_q(item.kv_head * group, item.first_row);
     mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);
-    const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
     const Interval all{item.first_key, item.first_key + Shape::kK};
-    load_tile(Type<KeyTile>{}, a.k, shared_address(smem.k.bytes), shared_address(&smem.kv_full), item.first_key,
-              item.q_tiles > 0 ? sequence.keys_of_rows(rows.begin, rows.end) : all, a.p.shape.k_len, item.kv_head,
-              item.batch);
-    load_tile(Type<KeyTile>{}, a.v, shared_address(smem.v.bytes), shared_address(&smem.kv_full), item.first_key, all,
-              a.p.shape.k_len, item.kv_head, item.batch);
+    const auto load_keys = [&](const TensorMap& map, uint32_t to, const Interval& part, bool gaps) {
+      load_tile(
+          Type<KeyTile>{}, map, to, shared_address(&smem.kv_full), item.first_key, part, a.p.shape.k_len, gaps,
+          [&](int key) { return sequence.is_seen(key); }, item.kv_head, item.batch);
+    };
+    const bool without_table = !sequence.has_table() && item.q_tiles > 0;
+    load_keys(a.k, shared_address(smem.k.bytes), without_table ? sequence.keys_of_rows(rows.begin, rows.end) : all,
+              sequence.has_unseen_keys(all.begin, all.end));
+    load_keys(a.v, shared_address(smem.v.bytes), all, false);
 #pragma unroll 1
     for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
 #pragma unroll 1
@@ -266,8 +268,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     const int end = first_row + broadcast(item.q_tiles) * Shape::kQ;
     const int first_key = broadcast(item.first_key) + warp * 16;
     // Queries that see all keys of this warp.
-    const Interval unmasked =
-        Sequence(a.p.visibility, item.q_len, item.k_len).rows_of_all_keys(first_key, first_key + 16);
+    const Interval unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(first_key, first_key + 16);
     Fragment<2, Shape::kHeadDim / 4> dk, dv;
     dk.clear();
     dv.clear();
@@ -295,8 +296,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       if (masked) {
         const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
         Rule(a.p.scores, now.batch, h)
-            .template apply_transposed<Shape::kReads>(s, Position<>(first_key, i),
-                                                      Sequence(a.p.visibility, now.q_len, now.k_len), slopes);
+            .template apply_transposed<Shape::kReadsScores>(s, Position<>(first_key, i), sequence_of<Shape>(a.p, now),
+                                                            slopes);
         probabilities_of_columns<true>(s, factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, factor_log2, statistics);

@@ -82,25 +82,23 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
   };
   // Rows of K that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN. Of V
   // they may stay: their dP is masked.
-  const auto load_keys = [&](int j, const Interval& keys, int head, int batch) {
+  const auto load_keys = [&](int j, const Interval& keys, int head, const ForwardItem& item) {
     const uint32_t full = shared_address(&smem.k_full[k_at.slot]);
     Keys& k = smem.k[k_at.slot];
-    const bool clean = keys.end < min(j + Shape::kK, a.p.shape.k_len);  // past the tensor TMA writes zeros
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    // Past the tensor TMA writes zeros.
+    const bool clean = keys.end < min(j + Shape::kK, a.p.shape.k_len) || sequence.has_unseen_keys(j, j + Shape::kK);
     const uint32_t arrived = clean ? landed : full;
     mbarrier_wait(shared_address(&smem.k_free[k_at.slot]), k_at.parity);
     if (elect_one()) {
       mbarrier_arrive_expect(arrived, Keys::kBytes);
-      load_chunks(k, a.k, arrived, j, head, batch);
+      load_chunks(k, a.k, arrived, j, head, item.batch);
     }
     if (clean) {
       mbarrier_wait(landed, landed_parity);
       landed_parity ^= 1;
-#pragma unroll 1
-      for (int row = keys.end - j; row < Shape::kK; ++row) {
-        for (int chunk = lane_index(); chunk < Keys::kChunks * 8; chunk += kWarpThreads) {
-          store_shared_128(shared_address(k.bytes) + Keys::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
-        }
-      }
+      clean_rows<Keys>(shared_address(k.bytes),
+                       [&](int row) { return j + row < keys.end && sequence.is_seen(j + row); });
       fence_async_shared();
       arrive_for_warp(full);
     }
@@ -140,13 +138,13 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
     publish(item);
     int j = item.first_key;
-    load_keys(j, keys, kv_head, item.batch);
+    load_keys(j, keys, kv_head, item);
     load_rows(item);
 #pragma unroll 1
     for (int t = 1; t < item.key_tiles; ++t, j += Shape::kK) {
       if (t == draw_tile) draw();
       load_values(j, kv_head, item.batch);
-      load_keys(j + Shape::kK, keys, kv_head, item.batch);
+      load_keys(j + Shape::kK, keys, kv_head, item);
     }
     if (item.key_tiles == 1) draw();
     // The next item is worked out before the last load, which has to wait for its place anyway.
@@ -258,7 +256,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto begin_rows = [&] {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
-    const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
     unmasked = sequence.keys_of_all_rows(row, row + 16);
     load_row_statistics(a.p, a.g, sequence, item.batch, item.head, Position<>(row, 0), lse, delta);
   };
@@ -274,8 +272,8 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto apply_rule = [&](Fragment<2, kScoreCols>& s, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-    rule.template apply<Shape::kReads>(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-                                       Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
+    rule.template apply<Shape::kReadsScores>(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
+                                             sequence_of<Shape>(a.p, item), slopes);
   };
   const auto store = [&](unsigned number) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));

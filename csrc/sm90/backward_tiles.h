@@ -20,8 +20,7 @@ enum class QueryShare {
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
 // come through a ring of kStages places.
-// kReads: threads read a bias or a mask.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, bool kReads_ = false>
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads_ = kTable>
 struct BackwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -29,7 +28,8 @@ struct BackwardTile {
   static constexpr int kK = kWarpgroups * kWarpgroupRows;
   static constexpr int kStages = 2;
   static constexpr QueryShare kShare = kShare_;
-  static constexpr bool kReads = kReads_;
+  static constexpr unsigned kReads = kReads_;
+  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
@@ -56,7 +56,8 @@ struct BackwardTiles {
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
   using Formula = Long;
-  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, true>;  // 64 queries spill while they read a bias
+  // 64 queries spill while they read a bias
+  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kTable | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<96> {
@@ -64,15 +65,15 @@ struct BackwardTiles<96> {
   using Long = Dense;
   using Short = Long;
   using Formula = Long;
-  using General = BackwardTile<96, 2, 64, QueryShare::kColumns, true>;
+  using General = BackwardTile<96, 2, 64, QueryShare::kColumns, kTable | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<64> {
-  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
-  using Long = Dense;                                         // causal 4k: 449 (423)
-  using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
+  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns, kNothing>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
+  using Long = Dense;                                                   // causal 4k: 449 (423)
+  using Short = BackwardTile<64, 2, 128, QueryShare::kRows, kNothing>;  // 1k: 386 (371); causal 1k: 291 (295)
   using Formula = BackwardTile<64, 2, 64, QueryShare::kTurns>;
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, true>;
+  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kTable | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -82,7 +83,8 @@ auto with_backward_tile(const Problem& p, F&& f) {
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   if (reads_scores(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  if (is_general(p.scores)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
+  if (is_general(p)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
+  if (needs_table(p.visibility)) return f(Type<typename Tiles::Formula>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

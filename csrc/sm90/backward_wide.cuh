@@ -82,8 +82,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const auto begin_item = [&] {
     if constexpr (!kOfValues) return;
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
-    unmasked = Sequence(a.p.visibility, item.q_len, item.k_len)
-                   .rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
+    unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
     row = item.first_row;
     head = item.head * group;
     tile = 0;
@@ -197,8 +196,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
         const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
-        rule.template apply_transposed<Shape::kReads>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
-                                                      Sequence(a.p.visibility, item.q_len, item.k_len), slopes);
+        rule.template apply_transposed<Shape::kReadsScores>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
+                                                            sequence_of<Shape>(a.p, item), slopes);
         probabilities_of_columns<true>(s, rule.factor_log2, statistics);
       } else {
         probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);

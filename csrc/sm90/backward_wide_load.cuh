@@ -26,7 +26,8 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 
   // Rows from `row` on, with their statistics. Rows that see no key of the item become zeros: what lies there belongs
   // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros. In a cluster each block cleans its own copy.
-  const auto load_rows = [&](int row, int head, int batch, int end_row) {
+  const auto load_rows = [&](int row, int head, const BackwardWideItem& item) {
+    const int batch = item.batch, end_row = item.end_row;
     constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
     const float* source =
         (kOfQueries ? a.p.lse : a.g.delta) + (int64_t(batch) * shape.heads + head) * shape.q_len + row;
@@ -43,7 +44,8 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       store_shared_f32(stream.statistics + (at.slot * Shape::kQ + lane_index() + n * kWarpThreads) * 4,
                        kOfQueries ? lse_in_log2_units(statistics[n]) : statistics[n]);
     }
-    const bool whole = end_row >= min(row + Shape::kQ, shape.q_len);
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    const bool whole = end_row >= min(row + Shape::kQ, shape.q_len) && !sequence.has_blind_rows(row, row + Shape::kQ);
     const uint32_t full = stream.full + 8 * at.slot, landed = stream.landed + 8 * at.slot;
     arrive_for_lane(full);  // the statistics
     const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
@@ -66,13 +68,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     if (!whole) {
       mbarrier_wait(landed, landed_parities >> at.slot & 1);
       landed_parities ^= 1 << at.slot;
-#pragma unroll 1
-      for (int x = end_row - row; x < Shape::kQ; ++x) {
-#pragma unroll 1
-        for (int chunk = lane_index(); chunk < Streamed::kChunks * 8; chunk += kWarpThreads) {
-          store_shared_128(to + Streamed::offset_bytes(x, chunk), uint4{0, 0, 0, 0});
-        }
-      }
+      clean_rows<Streamed>(to, [&](int x) { return row + x < end_row && sequence.sees(row + x); });
       fence_async_shared();
       arrive_for_warp(full);
     }
@@ -127,7 +123,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       int row = item.first_row;
 #pragma unroll 1
       do {
-        load_rows(row, head, item.batch, item.end_row);
+        load_rows(row, head, item);
         if (first) load_resident(item.first_key, item.head, item.batch);
         first = false;
         row += Shape::kQ;

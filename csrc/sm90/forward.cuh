@@ -63,21 +63,18 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     at.advance();
   };
   // Rows that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN.
-  const auto load_values = [&](int j, const Interval& keys, int head, int batch) {
+  const auto load_values = [&](int j, const Interval& keys, int head, const ForwardItem& item) {
     mbarrier_wait(free + 8 * at.slot, at.parity);
     const uint32_t to = ring + at.slot * Shape::kSlotBytes;
-    if (keys.end >= min(j + Shape::kK, a.p.shape.k_len)) {  // past the tensor TMA writes zeros
-      load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, batch);
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    // Past the tensor TMA writes zeros.
+    if (keys.end >= min(j + Shape::kK, a.p.shape.k_len) && !sequence.has_unseen_keys(j, j + Shape::kK)) {
+      load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, item.batch);
     } else {
-      load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, batch);
+      load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, item.batch);
       mbarrier_wait(landed + 8 * at.slot, landed_parities >> at.slot & 1);
       landed_parities ^= 1u << at.slot;
-#pragma unroll 1
-      for (int row = keys.end - j; row < Shape::kK; ++row) {
-        for (int chunk = lane_index(); chunk < ValueTile::kChunks * 8; chunk += kWarpThreads) {
-          store_shared_128(to + ValueTile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
-        }
-      }
+      clean_rows<ValueTile>(to, [&](int row) { return j + row < keys.end && sequence.is_seen(j + row); });
       fence_async_shared();
       arrive_for_warp(full + 8 * at.slot);
     }
@@ -142,7 +139,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     for (int t = 1; t < now.key_tiles; ++t, j += Shape::kK) {
       if (draws && t == draw_tile) drawn = draw();
       load_keys(j + Shape::kK, kv_head, now.batch);
-      load_values(j, now_keys, kv_head, now.batch);
+      load_values(j, now_keys, kv_head, now);
       if (Shape::kCluster > 1 && draws && t == draw_tile) send(drawn, round);
       if (t < draw_tile || published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
       find_next();
@@ -150,7 +147,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
       published = true;
     }
     if (!published) find_next();
-    load_values(j, now_keys, kv_head, now.batch);
+    load_values(j, now_keys, kv_head, now);
     if (published) continue;
     mbarrier_wait(q_free, q_parity);
     publish(item, round + 1);
@@ -209,8 +206,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
   Fragment<2, Shape::kValueDim / 4> o;
-  constexpr bool kReads = kGeneral && !Shape::kStagesBias;  // bias and mask, straight from memory
-  ScoreWords<kScoreCols> ahead;                             // of them
+  ScoreWords<kScoreCols> ahead;  // of bias and mask
   uint32_t bias_parity = 0;
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
@@ -228,8 +224,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   const auto begin_rows = [&] {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const int row = item.first_row + (warp_index() - 4) * 16;
-    unmasked = Sequence(a.p.visibility, item.q_len, item.k_len).keys_of_all_rows(row, row + 16);
-    if (kReads && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
+    unmasked = sequence_of<Shape>(a.p, item).keys_of_all_rows(row, row + 16);
+    if (Shape::kReadsScores && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
     softmax.start_row_sums();
   };
   const auto take_query = [&] {
@@ -274,11 +270,11 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   // What scores want from memory for the current tile of keys, of the item that was taken last.
   const auto load_ahead = [&] {
-    if constexpr (kReads) {
+    if constexpr (Shape::kReadsScores) {
       const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-      rule.load_ahead(ahead, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-                      Sequence(a.p.visibility, item.q_len, item.k_len), false);
+      rule.load_ahead(ahead, Position<>(item.first_row + (warp_index() - 4) * 16, j), sequence_of<Shape>(a.p, item),
+                      false);
     }
   };
   // Scores of the current tile of keys to probabilities. True: O is to be multiplied by `correction`.
@@ -287,7 +283,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
       const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-      const Sequence sequence(a.p.visibility, item.q_len, item.k_len);
+      const Sequence sequence = sequence_of<Shape>(a.p, item);
       const int row = item.first_row + (warp_index() - 4) * 16;
       const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
       if constexpr (Shape::kStagesBias) {
@@ -296,7 +292,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         NoSlopes none;
         rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
       }
-      if (const int next = j + Shape::kK; kReads && next < end) {
+      if (const int next = j + Shape::kK; Shape::kReadsScores && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }

@@ -76,7 +76,7 @@ __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int numb
   item.batch = place.batch;
   item.head = place.head;
   item.first_row = cluster_row + rank * Shape::kQ;
-  const Sequence sequence(a.p, item.batch);
+  const Sequence sequence(a.p, item.batch, Shape::kReadsTable);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   keys = sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ);

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "common/prepare_backward.cuh"
+#include "common/visibility.cuh"
 #include "dispatch.h"
 #include "sm90/backward.cuh"
 #include "sm90/family.h"
@@ -24,6 +25,7 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(keys) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
+  if (!Shape::kReadsTable && needs_table(p.visibility)) return Status::Internal("this tile reads no table");
   BackwardArguments a;
   a.p = p;
   a.g = g;
@@ -53,7 +55,8 @@ template <int kHeadDim>
 Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
-    Status status = launch_prepare_backward<Element, Sm90>(p, g, stream);
+    Status status = launch_prepare_visibility<Sm90>(p, stream);
+    if (status.ok()) status = launch_prepare_backward<Element, Sm90>(p, g, stream);
     if (!status.ok()) return status;
     if constexpr (kHeadDim <= 128) {
       status = with_backward_tile<kHeadDim>(p, [&](auto tile, auto general) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/visibility.cuh"
 #include "sm90/family.h"
 #include "sm90/forward.cuh"
 
@@ -13,6 +14,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   using Smem = ForwardSmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of tiles.h does not fit into shared memory");
+  if (!Shape::kReadsTable && needs_table(p.visibility)) return Status::Internal("this tile reads no table");
   ForwardArguments a;
   a.p = p;
   a.order = forward_order(p, Shape::kClusterQ);
@@ -52,6 +54,8 @@ Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, 
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
+  const Status status = launch_prepare_visibility<Sm90>(p, stream);
+  if (!status.ok()) return status;
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
     return with_forward_tile<kHeadDim>(p, multiprocessors, [&](auto tile, auto general) {

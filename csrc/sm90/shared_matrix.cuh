@@ -31,6 +31,20 @@ struct Tile {
   }
 };
 
+// Makes rows of a tile that has landed zeros, unless keep(row): what lies there belongs to others, and 0 x NaN is NaN.
+// A warp does it, and then says that the tile is full.
+template <class Tile, class Keep>
+__device__ __forceinline__ void clean_rows(uint32_t tile, const Keep& keep) {
+#pragma unroll 1
+  for (int row = lane_index(); row < Tile::kRows; row += kWarpThreads) {
+    if (keep(row)) continue;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Tile::kChunks * 8; ++chunk) {
+      store_shared_128(tile + Tile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
+    }
+  }
+}
+
 // A descriptor is this low word and a constant high one. It is the same in all lanes, and known to be so: the compiler
 // then keeps it in a uniform register, to which the constants of each step are added.
 // `chunk_stride_bytes` matters only where a product's N (or M) spans chunks. In a cluster the upper bits of an address

@@ -13,13 +13,21 @@ constexpr int kSharedMemoryLimit = 227 * 1024;
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupRows = 64;  // M of wgmma
 
+// What the threads of a tile may read besides queries, keys and values; each costs registers.
+enum Reads : unsigned {
+  kNothing = 0,
+  kTable = 1,         // of who sees whom
+  kScoreTensors = 2,  // a bias or a mask, from device memory
+  kStagedBias = 4,    // a bias that TMA copies to shared memory
+};
+
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Tiles of kK keys and of their
 // values share a ring of kSlots places. Q in registers frees its place in shared memory for the next query tile.
 //
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1, bool kStagesBias_ = false>
+          int kCluster_ = 1, unsigned kReads_ = kTable>
 struct ForwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -29,8 +37,10 @@ struct ForwardTile {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kClusterQ = kCluster * kQ;    // rows of one item
-  static constexpr bool kStagesBias = kStagesBias_;  // has a place for a tile of a bias
+  static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
+  static constexpr unsigned kReads = kReads_;
+  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kStagesBias = kReads & kStagedBias;
   static_assert(!kStagesBias || kCluster == 1, "the blocks of a cluster do not load biases for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
@@ -57,8 +67,13 @@ struct ForwardTile {
   static constexpr int kSharedBytes = kBytesBeforeOutput + (kStoreByTma ? kOutputBytes : 0);
 };
 
+// Of general scores.
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
-using FormulaTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, true>;
+using FormulaTile =
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kTable | kStagedBias>;
+template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
+using ReadingTile =
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kTable | kScoreTensors>;
 
 // For each pair of head dim and value dim: what each kind of call runs. General scores are worked out by a formula,
 // with a bias that comes by TMA, or read from memory by the threads that use them. Figures are TFLOP/s on an H200,
@@ -69,16 +84,16 @@ struct ForwardTiles {
   using Long = Dense;
   using Short = Dense;
   using Formula = FormulaTile<kHeadDim, kValueDim, 2, 64, 4, false>;
-  using General = Dense;
+  using General = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
 };
 
 template <>
 struct ForwardTiles<64, 64> {
-  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
-  using Long = ForwardTile<64, 64, 3, 96, 6, true>;     // causal 4k: 438 (2x128: 431), 16k: 513 (472)
-  using Short = ForwardTile<64, 64, 2, 128, 6, true>;   // causal 1k: 330 (3x96: 289)
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false, 1, kNothing>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;                  // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;                // causal 1k: 330 (3x96: 289)
   using Formula = FormulaTile<64, 64, 2, 128, 6, true>;
-  using General = ForwardTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
+  using General = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
 struct ForwardTiles<96, 96> {
@@ -86,7 +101,7 @@ struct ForwardTiles<96, 96> {
   using Long = Dense;                                     // causal 4k: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using Formula = FormulaTile<96, 96, 2, 128, 4, true>;
-  using General = ForwardTile<96, 96, 2, 96, 5, false>;
+  using General = ReadingTile<96, 96, 2, 96, 5, false>;
 };
 template <>
 struct ForwardTiles<128, 128> {
@@ -94,7 +109,7 @@ struct ForwardTiles<128, 128> {
   using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
   using Formula = FormulaTile<128, 128, 2, 128, 4, false>;
-  using General = ForwardTile<128, 128, 2, 96, 5, false>;
+  using General = ReadingTile<128, 128, 2, 96, 5, false>;
 };
 template <>
 struct ForwardTiles<192, 128> {
@@ -102,7 +117,7 @@ struct ForwardTiles<192, 128> {
   using Long = Dense;
   using Short = Dense;
   using Formula = FormulaTile<192, 128, 2, 64, 6, false>;
-  using General = ForwardTile<192, 128, 2, 64, 6, false>;
+  using General = ReadingTile<192, 128, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<192, 192> {
@@ -110,15 +125,16 @@ struct ForwardTiles<192, 192> {
   using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal 4k: 564 (2x96: 536)
   using Short = Long;
   using Formula = FormulaTile<192, 192, 2, 64, 5, false>;
-  using General = Long;
+  using General = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<256, 256> {
-  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;    // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
-  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;  // causal 4k: 612 (without cluster 594), 16k: 719 (684)
-  using Short = ForwardTile<256, 256, 2, 64, 5, false>;    // causal 1k: 432 (with cluster 425)
+  using Dense =
+      ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
+  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;   // causal 4k: 612 (without cluster 594), 16k: 719 (684)
+  using Short = ForwardTile<256, 256, 2, 64, 5, false>;     // causal 1k: 432 (with cluster 425)
   using Formula = FormulaTile<256, 256, 2, 48, 5, false>;
-  using General = ForwardTile<256, 256, 2, 32, 6, false>;
+  using General = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
 enum class ForwardKind { kDense, kLong, kShort, kFormula, kGeneral };
@@ -137,20 +153,22 @@ inline bool reads_without_tma(const Problem& p) {
 inline bool is_dense(const Problem& p) {
   const Visibility& v = p.visibility;
   return v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && v.q_lengths == nullptr &&
-         v.k_lengths == nullptr;
+         v.k_lengths == nullptr && !needs_table(v);
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p.scores)) return reads_without_tma(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
+  if (is_general(p)) return reads_without_tma(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
   if (is_dense(p)) return ForwardKind::kDense;
-  const int64_t window = int64_t(p.visibility.window_left) + p.visibility.window_right + 1;
-  return std::min<int64_t>(p.shape.k_len, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
+  const Visibility& v = p.visibility;
+  const int64_t window = int64_t(v.window_left) + v.window_right + 1;
+  const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
+  return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
 // `q_tile`: rows of an item.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/sequence.cuh"
 #include "sm90/work_order.h"
 
 namespace jfa::sm90 {
@@ -20,6 +21,12 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
   const int heads_of_entry = order.heads / batch;
   return {rest / heads, order.batch_fastest ? head / batch : head % heads_of_entry,
           order.batch_fastest ? head % batch : head / heads_of_entry};
+}
+
+// Who sees whom in the batch entry of an item.
+template <class Shape, class Item>
+__device__ __forceinline__ Sequence sequence_of(const Problem& p, const Item& item) {
+  return Sequence(p, item.batch, item.q_len, item.k_len, Shape::kReadsTable);
 }
 
 }  // namespace jfa::sm90

@@ -1,0 +1,136 @@
+// Writes the table of common/sequence.cuh: who sees whom, where that takes more than a formula. It runs before the
+// kernels that read it, on the same stream.
+//
+// One thread a token, query rows first, then keys. What rows see of keys and what sees a key are the same question with
+// the sides exchanged: windows, spans and sequences all say who belongs together. Whatever the device's arrays hold,
+// every interval lies inside the tensors.
+#pragma once
+
+#include "common/math.cuh"
+#include "common/sequence.cuh"
+#include "launch.h"
+#include "problem.h"
+
+namespace jfa {
+
+constexpr int kVisibilityThreads = 256;
+
+// What one token sees of the other side.
+struct Sight {
+  Interval of{0, 0};
+  int offset = 0;  // row i lies at position i + offset among the keys
+};
+
+// Which packed sequence a token belongs to; -1: to none. `begins` is [sequences + 1].
+__device__ __forceinline__ int packed_sequence_of(const int* begins, int sequences, int x) {
+  int low = 0, high = sequences + 1;  // the first that begins past x
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (load_global(begins + middle) <= x) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low <= sequences ? low - 1 : -1;
+}
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+__device__ __forceinline__ Sight sight_of(const Sequence& sequence, int x, bool is_row) {
+  const Visibility& v = sequence.p.visibility;
+  Sight sight;
+  if (x >= (is_row ? sequence.q_len : sequence.k_len)) return sight;
+  Interval within{0, is_row ? sequence.k_len : sequence.q_len};
+  sight.offset = v.bottom_right ? sequence.k_len - sequence.q_len : 0;
+  if (v.cu_q != nullptr) {
+    const int64_t first = int64_t(sequence.b) * (v.sequences + 1);
+    const int n = packed_sequence_of((is_row ? v.cu_q : v.cu_k) + first, v.sequences, x);
+    if (n < 0) return sight;
+    const auto begin_of = [&](const int* begins, int m) {
+      return clamp(load_global(begins + first + m), 0, kMaxSequence);
+    };
+    const int* others = is_row ? v.cu_k : v.cu_q;
+    within = {begin_of(others, n), min(begin_of(others, n + 1), within.end)};
+    sight.offset = begin_of(v.cu_k, n + v.bottom_right) - begin_of(v.cu_q, n + v.bottom_right);
+  }
+  const int to_other = is_row ? sight.offset : -sight.offset;
+  const int left = min(v.window_left, kMaxSequence), right = min(v.window_right, kMaxSequence);
+  Interval of{x + to_other - (is_row ? left : right), x + to_other + (is_row ? right : left) + 1};
+  const int position = is_row ? x + sight.offset : x;
+  const int back = is_row ? 0 : -sight.offset;  // from positions to the other side's tokens
+  for (int n = 0; n < v.span_count; ++n) {
+    const int* at = v.spans + (int64_t(sequence.b) * v.span_count + n) * 2;
+    constexpr int kFarthest = 2 * kMaxSequence;  // no position is
+    const Interval span{clamp(load_global(at), -kFarthest, kFarthest),
+                        clamp(load_global(at + 1), -kFarthest, kFarthest)};
+    if (span.contains(position)) of = {min(of.begin, span.begin + back), max(of.end, span.end + back)};
+  }
+  of = {max(of.begin, within.begin), min(of.end, within.end)};
+  if (!of.empty()) sight.of = of;
+  return sight;
+}
+
+struct VisibilitySmem {
+  int begin[kVisibilityThreads / kTableBlock], end[kVisibilityThreads / kTableBlock];  // of what any of a block sees
+  int gap[kVisibilityThreads / kTableBlock];
+};
+
+// `Family` keeps the families' copies apart: they are compiled for different GPUs.
+template <class Family>
+__global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const __grid_constant__ Problem p) {
+  const VisibilitySmem& smem = shared_memory<VisibilitySmem>();
+  const int q_chunks = ceil_div(p.shape.q_len, kVisibilityThreads);
+  const int chunks = q_chunks + ceil_div(p.shape.k_len, kVisibilityThreads);
+  const int b = block_index() / chunks;
+  const int chunk = block_index() % chunks;
+  const bool is_row = chunk < q_chunks;
+  const int x = (is_row ? chunk : chunk - q_chunks) * kVisibilityThreads + thread_index();
+  const int extent = is_row ? p.shape.q_len : p.shape.k_len;
+  const Sequence sequence(p, b);
+  const Sight sight = sight_of(sequence, x, is_row);
+  const TableSide side(p, b, is_row);
+  const bool in_table = x < ceil_div(extent, kTableTile) * kTableTile;
+  const Interval of = sight.of;
+  if (in_table) {
+    store_global(reinterpret_cast<int4*>(side.token(x)), int4{of.begin, of.end, sight.offset, 0});
+  }
+
+  Interval all = of;
+  Interval any = of.empty() ? Interval{kUnbounded, 0} : of;
+  int gap = x < extent && of.empty();
+  for (int step = 1; step < kTableBlock; step *= 2) {
+    const auto from = [&](int value) { return int(shuffle_xor(uint32_t(value), step)); };
+    all = {max(all.begin, from(all.begin)), min(all.end, from(all.end))};
+    any = {min(any.begin, from(any.begin)), max(any.end, from(any.end))};
+    gap |= from(gap);
+  }
+  if (x % kTableBlock == 0) {
+    if (in_table) store_global(reinterpret_cast<int4*>(side.block(x)), int4{all.begin, all.end, 0, 0});
+    const int block = thread_index() / kTableBlock;
+    store_shared_32(shared_address(&smem.begin[block]), any.begin);
+    store_shared_32(shared_address(&smem.end[block]), any.end);
+    store_shared_32(shared_address(&smem.gap[block]), gap);
+  }
+  barrier();
+  if (x % kTableTile != 0 || !in_table) return;
+  any = {kUnbounded, 0};
+  gap = 0;
+  for (int n = 0; n < kTableTile / kTableBlock; ++n) {
+    const int block = thread_index() / kTableBlock + n;
+    any.begin = min(any.begin, int(load_shared_32(shared_address(&smem.begin[block]))));
+    any.end = max(any.end, int(load_shared_32(shared_address(&smem.end[block]))));
+    gap |= int(load_shared_32(shared_address(&smem.gap[block])));
+  }
+  store_global(reinterpret_cast<int4*>(side.tile(x)), int4{any.begin, any.end, gap, 0});
+}
+
+template <class Family>
+Status launch_prepare_visibility(const Problem& p, cudaStream_t stream) {
+  if (!needs_table(p.visibility)) return Status::Ok();
+  const int64_t chunks = ceil_div(p.shape.q_len, kVisibilityThreads) + ceil_div(p.shape.k_len, kVisibilityThreads);
+  return launch("jax_flashattn prepare_visibility", prepare_visibility<Family>,
+                Grid{p.shape.batch * chunks, kVisibilityThreads, sizeof(VisibilitySmem)}, stream, p);
+}
+
+}  // namespace jfa
