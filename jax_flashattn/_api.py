@@ -302,7 +302,7 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
     made = Explanation(
         platform,
         f"cuda:{forward.family}",
-        forward.why,
+        _why(forward, operands, options),
         forward.head_dim,
         (forward.q_tile, forward.k_tile),
         forward.schedule,
@@ -322,6 +322,24 @@ def _explain(operands, options: _options.Options, platform: str) -> Explanation:
         backward_shared_memory_bytes=backward.shared_memory_bytes,
         scratch_bytes_backward=4 * backward.scratch_floats,
     )
+
+
+def _why(plan: _ffi.Plan, operands, options: _options.Options) -> str:
+    """The plan's reason; where scores are general, with what this call has that makes them so."""
+    family, separator, scores = plan.why.partition("; ")
+    if not scores.endswith("general scores"):
+        return plan.why
+    found = {
+        "bias": operands.bias is not None,
+        "mask": operands.mask is not None,
+        "a scale on the device": operands.scale is not None,
+        "logits_soft_cap": options.soft_cap is not None,
+        "alibi_slopes": operands.alibi_slopes is not None,
+        "dropout": operands.dropout_seeds is not None,
+        "segment ids": operands.query_segment_ids is not None,
+    }
+    names = ", ".join(name for name, is_there in found.items() if is_there)
+    return f"{family}{separator}general scores ({names})"
 
 
 def export_disabled_checks() -> list:

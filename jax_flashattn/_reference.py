@@ -169,7 +169,8 @@ def visible(operands: Operands, options: Options, position):
         near = near & (distance <= options.window_right)
     if operands.spans is not None:
         begin, end = jnp.moveaxis(operands.spans, -1, 0)[..., None, None, None, None]
-        row = j - distance  # the row's position among the keys
+        row = j - distance  # the row's position among the keys, [i, j] or [b, 1 (span), 1, 1, i, j]
+        row = row if row.ndim == 2 else row[:, None]
         together = (begin <= row) & (row < end) & (begin <= j) & (j < end)
         near = near | jnp.any(together, axis=1)
     sees = (i < query_lengths(operands)) & (j < key_lengths(operands)) & near

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_flashattn._api import attention
@@ -31,7 +32,7 @@ __all__ = ["MultiheadAttention", "from_equinox"]
 
 _OPTIONS = (
     *("scale", "is_causal", "causal_alignment", "local_window_size"),
-    *("deterministic", "implementation"),
+    *("logits_soft_cap", "deterministic", "implementation"),
 )
 ProcessHeads = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
 
@@ -41,7 +42,7 @@ class MultiheadAttention(eqx.Module):
 
     More than it: grouped key and value heads, and the static options of `jax_flashattn.attention`
     (the attributes from `scale` on). Different from it: a query that may see no key gives 0, not
-    the mean of the values, and dropout on the attention weights is not in this release.
+    the mean of the values, and a key for dropout makes another mask of the same distribution.
     """
 
     query_proj: eqx.nn.Linear
@@ -67,6 +68,7 @@ class MultiheadAttention(eqx.Module):
     is_causal: bool = eqx.field(static=True)
     causal_alignment: str = eqx.field(static=True)
     local_window_size: int | tuple[int | None, int | None] | None = eqx.field(static=True)
+    logits_soft_cap: float | None = eqx.field(static=True)
     deterministic: bool = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
@@ -92,6 +94,7 @@ class MultiheadAttention(eqx.Module):
         is_causal: bool = False,
         causal_alignment: str = "top_left",
         local_window_size: int | tuple[int | None, int | None] | None = None,
+        logits_soft_cap: float | None = None,
         deterministic: bool = False,
         implementation: str | None = None,
         key: Array,
@@ -143,7 +146,7 @@ class MultiheadAttention(eqx.Module):
         self.use_query_bias, self.use_key_bias = use_query_bias, use_key_bias
         self.use_value_bias, self.use_output_bias = use_value_bias, use_output_bias
         self.scale, self.is_causal, self.causal_alignment = scale, is_causal, causal_alignment
-        self.local_window_size = local_window_size
+        self.local_window_size, self.logits_soft_cap = local_window_size, logits_soft_cap
         self.deterministic, self.implementation = deterministic, implementation
 
     def __call__(
@@ -158,6 +161,9 @@ class MultiheadAttention(eqx.Module):
         process_heads: ProcessHeads | None = None,
         query_seq_lengths: ArrayLike | None = None,
         key_value_seq_lengths: ArrayLike | None = None,
+        segment_ids: ArrayLike | tuple[ArrayLike, ArrayLike] | None = None,
+        sinks: ArrayLike | None = None,
+        alibi_slopes: ArrayLike | None = None,
     ) -> Array:
         """Attends; no batch dimension (`jax.vmap` adds it, for any of the arguments).
 
@@ -166,22 +172,28 @@ class MultiheadAttention(eqx.Module):
           key_: [S, key_size].
           value: [S, value_size].
           mask: bool [T, S] or [num_heads, T, S], True where a query may see a key.
-          key: for dropout; unused.
-          inference: True calls a layer that has dropout without it.
+          key: for dropout of the attention weights: one jax.random key, which `jax.vmap` should map
+            like the sequences, or all of them drop the same.
+          inference: True calls a layer that has dropout without it; None: as the layer says.
           process_heads: maps query [T, N, H], key [S, K, H] and value [S, K, Hv] to arrays of the
             same shapes, for instance to rotate query and key.
           query_seq_lengths, key_value_seq_lengths: int32 scalars, how much of T and S is filled:
             padding costs less this way than by a mask.
+          segment_ids: int32 [T], or ([T], [S]) for queries and keys: documents packed into one
+            sequence, which do not see each other.
+          sinks, alibi_slopes: [num_heads], as `jax_flashattn.attention` has them; `sinks` may be a
+            parameter of the module that calls this one.
 
         Returns:
           [T, output_size].
 
         Raises:
-          NotImplementedError: dropout in training mode.
+          RuntimeError: dropout without `key`, as Equinox's own layer.
+          TypeError: a dropout probability that is traced (plain jax.jit or jax.grad of the layer;
+            eqx.filter_jit and eqx.filter_grad leave it a number).
           ValueError: shapes that do not fit.
         """
-        del key
-        self._check_dropout(inference)
+        dropout_rate = self._dropout_rate(key, inference)
         if key_.shape[0] != value.shape[0]:
             raise ValueError(
                 "MultiheadAttention: key_ and value must be of equal length, got "
@@ -206,6 +218,9 @@ class MultiheadAttention(eqx.Module):
                 f"MultiheadAttention: mask must have shape {full[1:]} or {full}, got "
                 f"{jax.numpy.shape(mask)}."
             )
+        query_ids, key_ids = (
+            segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        )
         out = attention(
             *heads,
             mask=mask,
@@ -214,25 +229,41 @@ class MultiheadAttention(eqx.Module):
             query_seq_lengths=query_seq_lengths,
             key_value_seq_lengths=key_value_seq_lengths,
             local_window_size=self.local_window_size,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            query_segment_ids=query_ids,
+            key_value_segment_ids=key_ids,
+            dropout_rate=dropout_rate,
+            dropout_key=key,
             implementation=self.implementation,
             causal_alignment=self.causal_alignment,
             deterministic=self.deterministic,
         )
         return jax.vmap(self.output_proj)(out.reshape(query.shape[0], -1))
 
-    def _check_dropout(self, inference: bool | None) -> None:
+    def _dropout_rate(self, key: Array | None, inference: bool | None) -> float:
+        """What attention gets: 0 in inference mode."""
         p = self.dropout.p
-        # Both are leaves of the module, so plain jax.jit makes tracers of them: then p is unknown.
         if isinstance(p, int | float) and p == 0:
-            return
+            return 0.0
         if inference is None:
             inference = self.dropout.inference
-        if isinstance(inference, Array) or not inference:
-            raise NotImplementedError(
-                f"MultiheadAttention: dropout on the attention weights (p={p}) is not in this "
-                "release. Use dropout_p=0.0 (and drop out the layer's output instead), or "
-                "inference mode: equinox.nn.inference_mode(model), or inference=True in the call."
+        # Both are leaves of the module, so plain jax.jit makes tracers of them.
+        if isinstance(inference, Tracer) or (isinstance(p, Tracer) and not inference):
+            raise TypeError(
+                "MultiheadAttention: the dropout probability or the inference flag is traced, and "
+                "both must be known here. Transform the module with eqx.filter_jit and "
+                "eqx.filter_grad, or close over it, or pass inference=True in the call."
             )
+        if inference:
+            return 0.0
+        if key is None:
+            raise RuntimeError(
+                f"MultiheadAttention: dropout (p={p}) needs a key outside of inference mode: pass "
+                "key=..., or inference=True, or use equinox.nn.inference_mode(model)."
+            )
+        return float(p)
 
 
 def _project(linear: eqx.nn.Linear, x: Array, heads: int) -> Array:
@@ -246,8 +277,8 @@ def from_equinox(module: eqx.nn.MultiheadAttention, **options: Any) -> Multihead
     Args:
       module: its weights, sizes, dropout and inference flag are taken over. Works on a layer whose
         leaves are tracers, or None after `eqx.partition`.
-      **options: `scale`, `is_causal`, `causal_alignment`, `local_window_size`, `deterministic`,
-        `implementation`, as the constructor has them.
+      **options: `scale`, `is_causal`, `causal_alignment`, `local_window_size`, `logits_soft_cap`,
+        `deterministic`, `implementation`, as the constructor has them.
 
     Returns:
       A layer with the outputs of `module`, up to rounding (and but for rows that see no key).

@@ -70,7 +70,12 @@ class FlashAttentionFn:
           mask: True (or nonzero: Flax's mask helpers give float32 zeros and ones) where a query may
             see a key; broadcastable to [batch..., N, T, S]. `is_causal` costs less than a causal
             mask: the kernels skip the tiles it hides and read no mask.
-          broadcast_dropout, dropout_rng, dropout_rate: see Raises.
+          broadcast_dropout: without effect: every batch entry and head drops weights of its own,
+            as Flax does where this is False. Its default shares one mask among all of them, to save
+            random numbers, which cost nothing here; what a single entry and head gets is alike in
+            distribution, and the masks are never Flax's own.
+          dropout_rng: a jax.random key, needed where dropout applies.
+          dropout_rate: a Python number in [0, 1), of the attention weights.
           deterministic: Flax's meaning, "apply no dropout". (For gradients that are bitwise
             reproducible, `make_attention_fn(deterministic=True)`.)
           dtype: query, key and value are cast to it; by default to their common dtype.
@@ -85,16 +90,18 @@ class FlashAttentionFn:
           [batch..., T, N, Hv]. A row that sees no key is 0 (Flax gives the mean of `value`).
 
         Raises:
-          NotImplementedError: dropout is asked for and `deterministic` is false; `module` is given
-            (the weights are never formed); an einsum or `input_positions` is given.
-          ValueError: a causal or windowed decode step whose alignment was not chosen.
+          NotImplementedError: `module` is given (the weights are never formed); an einsum or
+            `input_positions` is given.
+          ValueError: dropout without `dropout_rng`; a decode step with causality, a window or ALiBi
+            whose alignment was not chosen.
         """
-        del broadcast_dropout, dropout_rng, precision, force_fp32_for_softmax
-        if dropout_rate > 0.0 and not deterministic:
-            raise NotImplementedError(
-                f"attention_fn: dropout_rate={dropout_rate} on the attention weights is not in "
-                "this release. Build the module with dropout_rate=0.0 (and drop out its output "
-                "instead), or call it with deterministic=True."
+        del broadcast_dropout, precision, force_fp32_for_softmax
+        if deterministic:
+            dropout_rate = 0.0
+        elif dropout_rate > 0.0 and dropout_rng is None:
+            raise ValueError(
+                f"attention_fn: dropout_rate={dropout_rate} needs dropout_rng, a jax.random key; "
+                "deterministic=True applies no dropout."
             )
         if module is not None:
             raise NotImplementedError(
@@ -131,7 +138,12 @@ class FlashAttentionFn:
             bias = _fold_batch(jnp.asarray(bias), batch, "bias")
         if len(batch) > 1:
             query, key, value = (x.reshape(prod(batch), *x.shape[-3:]) for x in (query, key, value))
-        out = attention(query, key, value, bias, mask, **options)
+        out = attention(
+            *(query, key, value, bias, mask),
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_rng,
+            **options,
+        )
         return out.reshape(*batch, *out.shape[-3:])
 
     def __repr__(self) -> str:
@@ -152,13 +164,15 @@ def make_attention_fn(**options: Any) -> FlashAttentionFn:
 
     Args:
       **options: keyword arguments of `jax_flashattn.attention`: `is_causal`, `causal_alignment`,
-        `local_window_size`, `scale`, `implementation`, `deterministic` (bitwise reproducible
-        gradients, not Flax's argument of that name), `query_seq_lengths`, ... Those with a batch
-        dimension count all batch dimensions of the module's input as one.
+        `local_window_size`, `scale`, `logits_soft_cap`, `alibi_slopes`, `sinks`, `implementation`,
+        `deterministic` (bitwise reproducible gradients, not Flax's argument of that name),
+        `query_seq_lengths`, ... Those with a batch dimension count all batch dimensions of the
+        module's input as one. Arrays are constants: the module does not learn `sinks`.
 
         A module that trains with `is_causal=True` and then decodes from Flax's cache, one query
         against the whole cache, needs `causal_alignment="bottom_right"` too: it means the same
-        where T = S, and leaves the decode step to the mask that the module makes.
+        where T = S, and leaves the decode step to the mask that the module makes. ALiBi is right
+        then as well: counted from the end of the cache, its slopes differ by a constant of the row.
 
     Returns:
       A hashable callable for `attention_fn=` of `flax.nnx.MultiHeadAttention` and
@@ -191,17 +205,26 @@ def _check_decode_step(query: Array, key: Array, mask: Any, options: dict[str, A
     """Refuses positions counted from 0 where the one query stands at the cache's fill mark.
 
     Flax passes a decode step as T = 1 with a mask of the filled part. Top-left causality would
-    leave it the first key only, without an error (Flax 0.12.8's own attention does that).
+    leave it the first key only, without an error (Flax 0.12.8's own attention does that), and ALiBi
+    would favour the oldest keys.
     """
     decodes = query.shape[-3] == 1 and key.shape[-3] > 1 and mask is not None
-    positional = options["is_causal"] or options.get("local_window_size") is not None
+    given = {name for name, value in options.items() if value is not None}
+    positional = options["is_causal"] or given & {"local_window_size", "alibi_slopes"}
+    if decodes and {"alibi_slopes", "sinks"} <= given:
+        raise ValueError(
+            "attention_fn: a decode step with alibi_slopes and sinks. Slopes count from the end of "
+            "the cache, which lowers every key's score by the same amount, but not the sink's. "
+            "Pass the ALiBi term as a bias there, counted from the cache's fill mark."
+        )
     if decodes and positional and "causal_alignment" not in options:
         raise ValueError(
             f"attention_fn: one query over {key.shape[-3]} keys with a mask looks like a decode "
-            "step, where is_causal or local_window_size counted from the first key would hide the "
-            'cache. Choose make_attention_fn(causal_alignment="bottom_right") (causality is then '
-            "left to the module's mask; a window is counted from the end of the cache, so put it "
-            'into the mask instead), or "top_left" if you mean it.'
+            "step, where is_causal, local_window_size and alibi_slopes, counted from the first "
+            "key, would mistake its place. Choose "
+            'make_attention_fn(causal_alignment="bottom_right") (causality is then left to the '
+            "module's mask; a window is counted from the end of the cache, so put it into the mask "
+            'instead), or "top_left" if you mean it.'
         )
 
 

@@ -262,6 +262,8 @@ def _spans():
     yield Case("spans-window", 150, options=causal | spans | window)
     bottom = {"causal_alignment": "bottom_right", "prefix_lengths": (90, 33)}
     yield Case("spans-prefix-bottom-right", 70, 129, options=causal | spans | bottom)
+    lengths = {"query_seq_lengths": (60, 41), "key_value_seq_lengths": (129, 55)}
+    yield Case("spans-lengths-bottom-right", 70, 129, options=causal | spans | bottom | lengths)
     nested = {"bidirectional_spans": (((0, 100), (20, 30), (90, 120)), ((5, 2), (-9, 4), (7, 8)))}
     yield Case("spans-nested", 129, options=causal | nested)
     sinks = {"num_sink_tokens": 3, "local_window_size": (9, None)}

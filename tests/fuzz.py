@@ -16,7 +16,7 @@ import traceback
 
 import jax
 import numpy as np
-from cases import CASES, LENGTHS, Case
+from cases import CASES, LENGTHS, UNBUILT, Case
 from compare import expected, judge_all, run
 from emulator import kernels
 from test_emulator import judge_bias_along_keys
@@ -94,12 +94,65 @@ def draw(seed):
     traced_scale = float(rng.normal()) * 0.3 if chance(0.15) else None
     if traced_scale is None and chance(0.2):
         options["scale"] = float(rng.uniform(0.01, 0.5))
+    dtype, deterministic = pick("bfloat16", "float16"), chance(0.5)
+
+    def by_head():
+        return pick((kv_heads * group,), (batch, kv_heads * group)) if chance(0.25) else None
+
+    alibi, sinks = by_head(), by_head()
+    if chance(0.25):
+        options["logits_soft_cap"] = float(rng.uniform(0.3, 5))
+    if chance(0.25):
+        options["dropout_rate"] = float(pick(0.1, 0.9, rng.uniform(0, 1)))
+    options |= _visibility(rng, options, batch, q_len, k_len)
     case = Case(
         f"fuzz-{seed}", q_len, k_len, batch=batch, heads=kv_heads * group, kv_heads=kv_heads,
         head_dim=head_dim, value_dim=value_dim, bias=bias, bias_dtype=bias_dtype, mask=mask,
-        traced_scale=traced_scale, options=options,
+        traced_scale=traced_scale, alibi=alibi, sinks=sinks, options=options,
     )  # fmt: skip
-    return Call(case, pick("bfloat16", "float16"), chance(0.5))
+    return Call(case, dtype, deterministic)
+
+
+def _visibility(rng, options, batch, q_len, k_len):
+    """Prefixes, spans, and either segment ids or sink tokens, with what each of them needs."""
+    made = {}
+
+    def positions(*shape):  # a few of them outside
+        return rng.integers(-2, k_len + 3, shape)
+
+    if rng.random() < 0.25:
+        made |= {"is_causal": True, "prefix_lengths": tuple(positions(batch).tolist())}
+    if rng.random() < 0.25:
+        spans = positions(batch, rng.integers(1, 4), 2)
+        spans = np.sort(spans, axis=-1) if rng.random() < 0.9 else spans
+        spans = tuple(tuple(map(tuple, entry)) for entry in spans.tolist())
+        made |= {"is_causal": True, "bidirectional_spans": spans}
+    kind = rng.random()
+    if kind < 0.25:
+        left = int(rng.integers(0, 20))
+        window = options.get("local_window_size", (left, None))
+        window = window if isinstance(window, tuple) else (window, window)
+        made["local_window_size"] = (left if window[0] is None else window[0], window[1])
+        made["num_sink_tokens"] = int(rng.integers(1, rng.choice([6, k_len + 9])))
+    elif kind < 0.5:
+        count = int(rng.integers(1, 6))
+        ids = [rng.integers(0, count, (batch, length)) for length in (q_len, k_len)]
+        if rng.random() < 0.6:  # in runs
+            ids = [np.sort(x, axis=1) for x in ids]
+            if rng.random() < 0.5 and q_len == k_len:
+                ids[1] = ids[0]
+        for name, x in zip(("query_segment_ids", "key_value_segment_ids"), ids, strict=True):
+            made[name] = tuple(map(tuple, x.tolist()))
+    return made
+
+
+def built(call):
+    """Without what no kernel has yet."""
+    case = call.case
+    dropped = {*UNBUILT, *(["key_value_segment_ids"] if "query_segment_ids" in UNBUILT else ())}
+    options = {name: x for name, x in case.options.items() if name not in dropped}
+    fields = {name: None for name in ("alibi", "sinks") if name in dropped}
+    return dataclasses.replace(call, case=dataclasses.replace(case, options=options, **fields))
 
 
 def features(call):
@@ -107,6 +160,8 @@ def features(call):
     case, options = call.case, call.case.options
     window = options.get("local_window_size")
     left, right = window if isinstance(window, tuple) else (window, window)
+    ids = options.get("query_segment_ids"), options.get("key_value_segment_ids")
+    mixed = any((np.diff(x) < 0).any() for x in ids if x is not None)
     found = {
         call.dtype: True,
         "deterministic": call.deterministic,
@@ -120,6 +175,15 @@ def features(call):
         "mask": case.mask is not None,
         "traced scale": case.traced_scale is not None,
         "static scale": "scale" in options,
+        "cap": "logits_soft_cap" in options,
+        "alibi": case.alibi is not None,
+        "sinks": case.sinks is not None,
+        "dropout": "dropout_rate" in options,
+        "prefix": "prefix_lengths" in options,
+        "spans": "bidirectional_spans" in options,
+        "sink tokens": "num_sink_tokens" in options,
+        "segments in runs": ids[0] is not None and not mixed,
+        "segments, mixed": mixed,
         "grouped heads": case.heads > case.kv_heads,
         "value_dim": case.value_dim not in (None, case.head_dim),
         "more queries": case.q_len > case.k_len,
@@ -143,7 +207,7 @@ def judge_call(case, dtype, actual):
 
 def check(seed, way, family="auto"):
     """Runs and judges the call of a seed; AssertionError with the line that does it again."""
-    call = draw(seed)
+    call = draw(seed) if way == "reference" else built(draw(seed))
     dtype = "float32" if way == "reference" and seed % 3 == 0 else call.dtype
     try:
         judge_call(call.case, dtype, results(call, dtype, way, seed, family))

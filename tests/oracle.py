@@ -257,7 +257,10 @@ def _attend(
         share = np.where(at_infinity, lse > 0, np.exp(sink - np.where(at_infinity, 0, lse)))
         terms, axis = share * delta[..., 0], (0, 2) if np.ndim(sinks) == 1 else 2
         result["sinks"] = -terms.sum(axis=axis)
-        result["sinks of absolute terms"] = np.abs(terms).sum(axis=axis)
+        # The sum of what each term is made of: delta may cancel.
+        sizes = np.abs(delta[..., 0]) + np.sqrt(np.square(d_o * out).sum(axis=-1))
+        sizes = sizes if d_lse is None else sizes + np.abs(np.asarray(d_lse))
+        result["sinks of absolute terms"] = (share * sizes).sum(axis=axis)
     if bias is not None:
         result["bias"] = _reduce_to(d_s, np.shape(bias))
     return result

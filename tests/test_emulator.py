@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import CASES, Case, every_case, some_cases
-from compare import expected, judge_all
+from compare import expected, judge_all, with_seeds
 from emulator import kernels
 from emulator.emulator import Device, FaultError, build, why_unavailable
 from oracle import attend
@@ -125,7 +125,7 @@ def judge_bias_along_keys(actual, reference, case, dtype):
 
     Those errors reach dS through delta = rowsum(dO o), and are independent of each other.
     """
-    arrays, d_out = case.arrays(dtype), case.cotangents(dtype)[0]
+    arrays, d_out = with_seeds(case.arrays(dtype)), case.cotangents(dtype)[0]
     sizes = attend(**(arrays | {"value": np.abs(arrays["value"])}), **case.static())["out"]
     squares = np.square(sizes * d_out.astype(np.float64)).sum(axis=-1).swapaxes(1, 2)
     padded = (1,) * (4 - len(case.bias)) + case.bias

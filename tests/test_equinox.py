@@ -185,16 +185,86 @@ def test_a_row_that_sees_nothing_gives_the_output_bias():
     close(out, jnp.broadcast_to(layer.output_proj.bias, (T, SIZE)), 0)
 
 
-def test_dropout():
-    plain = eqx.nn.MultiheadAttention(HEADS, SIZE, key=KEY)
-    layer = from_equinox(eqx.nn.MultiheadAttention(HEADS, SIZE, dropout_p=0.5, key=KEY))
-    for call in (layer, eqx.filter_jit(layer), lambda *x: layer(*x, key=KEY, inference=False)):
-        with pytest.raises(NotImplementedError, match=r"p=0.5.*inference_mode"):
-            call(*inputs({}))
+RATE = 0.3
+DROPPING = eqx.nn.MultiheadAttention(HEADS, SIZE, dropout_p=RATE, key=KEY)
+
+
+def test_dropout_has_the_mean_and_variance_of_equinoxs():
+    keys = jax.random.split(jax.random.key(8), 400)
+
+    def statistics(layer):
+        one = jax.jit(lambda key: layer(*inputs({}), key=key))
+        outs = np.asarray(jax.lax.map(one, keys), np.float64)
+        return outs.mean(axis=0), outs.var(axis=0)
+
+    mean, variance = statistics(from_equinox(DROPPING))
+    theirs, their_variance = statistics(DROPPING)
+    error = np.sqrt(variance / len(keys))
+    exact = eqx.nn.inference_mode(DROPPING)(*inputs({}))
+    assert np.abs((mean - exact) / error).max() < 5.5
+    assert np.abs((mean - theirs) / error).max() < 5.5 * np.sqrt(2)
+    np.testing.assert_allclose(variance.mean(), their_variance.mean(), rtol=0.03)
+
+
+def test_dropout_in_training_and_inference():
+    """Gradients flow; each sequence and each key has its mask; inference has none."""
+    layer, plain = from_equinox(DROPPING), eqx.nn.inference_mode(DROPPING)
+    arrays, keys = inputs({}, B), jax.random.split(KEY, B)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(layer, keys):
+        out = jax.vmap(lambda q, k, v, key: layer(q, k, v, key=key))(*arrays, keys)
+        return jnp.vdot(out, jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    one, other, again = loss(layer, keys), loss(layer, keys[::-1]), loss(layer, keys)
+    close(again, one, 0)
+    assert jnp.abs(one[0] - other[0]) > 0.01
+    for x, y in zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True):
+        assert jnp.isfinite(x).all()
+        assert jnp.abs(x - y).max() > 0.01
+    mapped = jax.vmap(lambda *x: layer(*x[:3], key=x[3]))(*arrays, keys)
+    close(mapped, jnp.stack([layer(*(x[i] for x in arrays), key=keys[i]) for i in range(B)]))
     close(layer(*inputs({}), inference=True), plain(*inputs({})))
-    close(eqx.nn.inference_mode(layer)(*inputs({})), plain(*inputs({})))
-    with pytest.raises(NotImplementedError, match="dropout"):
+    close(eqx.nn.inference_mode(layer)(*inputs({}), key=KEY), plain(*inputs({})))
+    back = eqx.nn.inference_mode(layer)(*inputs({}), key=KEY, inference=False)
+    close(back, layer(*inputs({}), key=KEY), 0)
+    close(jax.jit(lambda layer: layer(*inputs({}), inference=True))(layer), plain(*inputs({})))
+
+
+def test_dropout_without_a_key_or_a_known_rate():
+    layer = from_equinox(DROPPING)
+    for call in (layer, eqx.filter_jit(layer), DROPPING):
+        with pytest.raises(RuntimeError, match="key"):
+            call(*inputs({}))
+    with pytest.raises(RuntimeError, match=r"p=0.3.*inference_mode"):
         eqx.nn.inference_mode(layer)(*inputs({}), inference=False)
+    with pytest.raises(TypeError, match="filter_jit"):
+        jax.jit(lambda layer: layer(*inputs({}), key=KEY))(layer)
+
+
+def test_segments_sinks_and_slopes():
+    layer = MultiheadAttention(HEADS, SIZE, key=KEY, logits_soft_cap=0.5)
+    module = eqx.nn.MultiheadAttention(HEADS, SIZE, key=KEY)
+    query_ids, key_ids = jnp.arange(T) // 7, jnp.arange(S) // 10
+    mask = query_ids[:, None] == key_ids
+    alike = from_equinox(module)
+    close(alike(*inputs({}), segment_ids=(query_ids, key_ids)), module(*inputs({}), mask=mask))
+    own = [x[:T] for x in inputs({})]
+    close(alike(*own, segment_ids=query_ids),
+          module(*own, mask=query_ids[:, None] == query_ids))  # fmt: skip
+    plain = alike(*inputs({}))
+    for other in (
+        layer(*inputs({})),
+        alike(*inputs({}), sinks=jnp.ones(HEADS)),
+        alike(*inputs({}), alibi_slopes=jnp.ones(HEADS)),
+    ):
+        assert jnp.abs(other - plain).max() > 0.01
+    close(alike(*inputs({}), sinks=jnp.full(HEADS, -jnp.inf)), plain)
+    diagonal = jnp.arange(T)[:, None] == jnp.arange(S)  # all that is left by such slopes
+    close(alike(*inputs({}), alibi_slopes=jnp.full(HEADS, 1e6)), module(*inputs({}), mask=diagonal))
+    gradient = jax.grad(lambda x: alike(*inputs({}), sinks=x).sum())(jnp.ones(HEADS))
+    assert (jnp.abs(gradient) > 1e-3).all()
 
 
 def test_rejects():

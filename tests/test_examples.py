@@ -49,7 +49,8 @@ def first_and_last(output, attention):
 
 def test_all_examples_are_here():
     tested = {"01_quickstart.py", "02_drop_in_for_jax_nn.py", *TRAINING, "training.py", SHARDED,
-              "06_long_context.py", "07_rematerialise.py"}  # fmt: skip
+              "06_long_context.py", "07_rematerialise.py", "08_pack_documents.py",
+              "09_variable_lengths.py"}  # fmt: skip
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -123,6 +124,52 @@ def test_rematerialise():
     differences = [float(x) for x in re.findall(r"difference of a gradient (\S+)", output)]
     assert len(differences) == 2
     assert max(differences) < 1e-6
+
+
+def packed_run(output):
+    """Nanoseconds for each byte, padded and packed, after checking that both losses fell alike."""
+    runs = dict(re.findall(r"^(padded|packed): \d+ rows .* (\d+)% of them text", output, re.M))
+    assert int(runs["packed"]) > 1.5 * int(runs["padded"])
+    losses = re.findall(r"loss (\S+) -> (\S+) nats", output)
+    assert len(losses) == 2
+    assert all(float(last) < float(first) - 1 for first, last in losses)
+    assert "largest difference between the losses" in output
+    return [int(x) for x in re.findall(r"(\d+) ns per byte", output)]
+
+
+@pytest.mark.slow
+def test_packed_documents():
+    assert len(packed_run(run("08_pack_documents.py", "--steps", 12))) == 2
+
+
+@pytest.mark.slow
+def test_packed_documents_notice_a_leak(tmp_path):
+    """Positive control: without segment ids the losses differ."""
+    text = (EXAMPLES / "08_pack_documents.py").read_text()
+    ids = "query_segment_ids=document, key_value_segment_ids=keys"
+    assert text.count(ids) == 1
+    (tmp_path / "mutant.py").write_text(text.replace(ids, ""))
+    (tmp_path / "training.py").write_text((EXAMPLES / "training.py").read_text())
+    with pytest.raises(AssertionError, match="assert difference"):
+        run(tmp_path / "mutant.py", "--steps", 12)
+
+
+def test_variable_lengths():
+    output = run("09_variable_lengths.py")
+    assert output.count("compiling\n") == 1
+    differences = [float(x) for x in re.findall(r"each as alone within (\S+);", output)]
+    assert len(differences) == 3
+    assert max(differences) < 1e-5
+    assert output.count("behind them 0.0\n") == 3
+    assert "decoded (3, 8, 64)" in output
+    assert "gradient (1024, 8, 64)" in output
+
+
+@pytest.mark.gpu
+def test_packing_on_the_gpu():
+    padded, packed = packed_run(run("08_pack_documents.py", platform="cuda"))
+    assert packed < padded
+    assert run("09_variable_lengths.py", platform="cuda").count("compiling\n") == 1
 
 
 @pytest.mark.gpu

@@ -137,13 +137,32 @@ def test_nnx_decode(kv_heads):
     close(decode(layer, x), whole)
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (3, 0)}], ids=str)
+def test_nnx_decode_with_alibi():
+    """Slopes are counted from the end of the cache there, from the query in the whole."""
+    x, slopes = normal(1, B, 6, FEATURES), np.float32([0.5, 0.1, 2, 0])
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "alibi_slopes": slopes}
+    layer = nnx_layer(make_attention_fn(**options))
+    close(decode(layer, x), layer(x))
+    with pytest.raises(ValueError, match="alibi_slopes and sinks"):
+        decode(nnx_layer(make_attention_fn(**options, sinks=slopes)), x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"local_window_size": (3, 0)},
+        {"alibi_slopes": np.full(2, 9, np.float32)},
+    ],
+    ids="-".join,
+)
 def test_decode_needs_an_alignment(options):
     layer = nnx_layer(make_attention_fn(**options))
     with pytest.raises(ValueError, match='causal_alignment="bottom_right"'):
         decode(layer, normal(1, B, 6, FEATURES))
     # "top_left", named, is obeyed: the query sees the first key.
     query, key, value = normal(1, B, 1, 2, 8), normal(2, B, 6, 2, 8), normal(3, B, 6, 2, 8)
+    options = options | ({"alibi_slopes": 99 * np.ones(2)} if "alibi_slopes" in options else {})
     function = make_attention_fn(**options, causal_alignment="top_left")
     close(function(query, key, value, mask=jnp.ones((B, 1, 1, 6), bool)), value[:, :1])
 
@@ -230,6 +249,14 @@ def test_mixed_dtypes_are_promoted():
         {"scale": 0.5},
         {"is_causal": True, "causal_alignment": "bottom_right"},
         {"key_value_seq_lengths": np.array([5, 20], np.int32)},
+        {"logits_soft_cap": 0.5},
+        {"alibi_slopes": np.float32([0.1, 0.2, 0.5, 1])},
+        {"sinks": np.float32([0, 1, 2, 3])},
+        {"is_causal": True, "prefix_lengths": np.array([5, 20], np.int32)},
+        {
+            "query_segment_ids": np.arange(2 * T).reshape(2, T) % 2,
+            "key_value_segment_ids": np.zeros((2, 20), np.int32),
+        },
     ],
     ids=str,
 )
@@ -264,19 +291,6 @@ def test_equal_options_share_a_jit_cache_entry():
     assert len(traces) == 1
     run(nnx_layer(make_attention_fn(is_causal=False)), normal(1, B, T, FEATURES))
     assert len(traces) == 2
-
-
-def test_rejects_dropout_in_training():
-    x = normal(1, B, T, FEATURES)
-    layer = nnx_layer(attention_fn, dropout_rate=0.1)
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0.1 .*deterministic=True"):
-        layer(x, deterministic=False)
-    close(layer(x, deterministic=True), nnx_layer(attention_fn)(x))
-    layer = linen.MultiHeadDotProductAttention(
-        HEADS, dropout_rate=0.1, deterministic=False, attention_fn=attention_fn
-    )
-    with pytest.raises(NotImplementedError, match=r"dropout_rate=0.1"):
-        layer.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
 
 
 def test_rejects_sowing_weights():

@@ -9,10 +9,12 @@ import sys
 import fuzz
 import numpy as np
 import pytest
-from cases import LENGTHS
-from compare import expected
+from cases import CASES, LENGTHS
+from compare import expected, with_seeds
 from oracle import attend
 from ways import NO_EMULATOR
+
+from jax_flashattn import attention
 
 # Compiling the reference for a shape takes a second, a run on the emulator a tenth of it.
 REFERENCE_SEEDS, EMULATOR_SEEDS = range(40), range(40, 200)
@@ -55,10 +57,39 @@ def test_every_pair_of_features_is_called():
     """Among the seeds of the emulator, but for pairs that exclude each other."""
     found = [fuzz.features(fuzz.draw(seed)) for seed in EMULATOR_SEEDS]
     excluded = [{"bfloat16", "float16"}, {"more keys", "more queries"},
-                {"static scale", "traced scale"}]  # fmt: skip
+                {"static scale", "traced scale"}, {"segments in runs", "segments, mixed"},
+                {"segments in runs", "sink tokens"},
+                {"segments, mixed", "sink tokens"}]  # fmt: skip
     pairs = map(set, itertools.combinations(sorted(set.union(*found)), 2))
     missing = [pair for pair in pairs if not any(pair <= one for one in found)]
     assert sorted(map(sorted, missing)) == sorted(map(sorted, excluded))
+
+
+ARRAYS = CASES["dense-64x64"].arrays("float32")
+ID = np.zeros((2, 64), np.int32)
+NOT_TOGETHER = [  # ruled out by test_every_pair..., or drawn only beside what they need
+    {"num_sink_tokens": 3, "query_segment_ids": ID, "key_value_segment_ids": ID},
+    {"prefix_lengths": ID[:, 0], "is_causal": False},
+    {"bidirectional_spans": ID[:, None, :2], "is_causal": False},
+    {"dropout_rate": 0.5, "dropout_key": None},
+    {"query_segment_ids": ID, "key_value_segment_ids": None},
+]
+
+
+@pytest.mark.parametrize("options", NOT_TOGETHER, ids="-".join)
+def test_what_does_not_combine_is_refused(options):
+    """By a ValueError that names both."""
+    one, other, *_ = options
+    with pytest.raises(ValueError, match=f"{one}.*{other}|{other}.*{one}"):
+        attention(**ARRAYS, **options)
+
+
+def test_unbuilt_features_are_dropped(monkeypatch):
+    monkeypatch.setattr(fuzz, "UNBUILT", ("sinks", "query_segment_ids", "dropout_rate"))
+    gone = {"sinks", "segments in runs", "segments, mixed", "dropout"}
+    for call in map(fuzz.draw, EMULATOR_SEEDS):
+        assert fuzz.features(fuzz.built(call)) == fuzz.features(call) - gone
+        assert "key_value_segment_ids" not in fuzz.built(call).case.options
 
 
 def test_a_seed_is_one_call():
@@ -92,6 +123,22 @@ MUTANTS = {  # what is done to a call's options and arrays before it is run
     "mask ignored": _without("mask"),
     "bias ignored": _change("bias", np.zeros_like),
     "static or traced scale ignored": _without("scale"),
+    "cap ignored": _without("logits_soft_cap"),
+    "cap one percent off": _change("logits_soft_cap", lambda x: 1.01 * x),
+    "slopes ignored": _without("alibi_slopes"),
+    "slopes of the next head": _change("alibi_slopes", lambda x: np.roll(x, 1, axis=-1)),
+    "sinks ignored": _change("sinks", lambda x: x - np.inf),
+    "sinks of the next head": _change("sinks", lambda x: np.roll(x, 1, axis=-1)),
+    "dropout ignored": _without("dropout_rate"),
+    "dropout by another key": _change("dropout_key", lambda x: x + np.uint32(1)),
+    "sink tokens ignored": _without("num_sink_tokens"),
+    "one sink token more": _change("num_sink_tokens", lambda x: x + 1),
+    "prefix ignored": _without("prefix_lengths"),
+    "prefix one longer": _change("prefix_lengths", lambda x: x + 1),
+    "spans ignored": _without("bidirectional_spans"),
+    "spans one longer": _change("bidirectional_spans", lambda x: x + np.int32([0, 1])),
+    "ids merged": _change("query_segment_ids", lambda x: x // 2),
+    "ids of the keys shifted": _change("key_value_segment_ids", lambda x: np.roll(x, 1, axis=1)),
     "key heads rotated": _change("key", lambda x: np.roll(x, 1, axis=2)),
     "batch rotated": _change("value", lambda x: np.roll(x, 1, axis=0)),
     "last value lost": _change("value", lambda x: np.concatenate([x[:, :-1], 0 * x[:, -1:]], 1)),
@@ -102,7 +149,7 @@ def _passes(call, mutate=lambda operands: operands):
     """Whether the oracle, run on what `mutate` makes of a call, passes for the call."""
     case, dtype = call.case, call.dtype
     arrays, (d_out, d_lse) = case.arrays(dtype), case.cotangents(dtype)
-    operands = mutate(arrays | case.static())
+    operands = with_seeds(mutate(arrays | case.static()))
     results = attend(**operands, d_out=d_out, d_lse=d_lse, precision="float32")
     dtypes = {name: x.dtype for name, x in arrays.items()} | {"out": d_out.dtype, "lse": "float32"}
     results = {name: np.asarray(x).astype(dtypes[name]) for name, x in results.items()

@@ -9,7 +9,7 @@ import pytest
 from compare import assert_same_bits
 from test_options import B, H, K, N, S, T, arrays, raises
 
-from jax_flashattn import _options, attention, lse_without_sinks, varlen_attention
+from jax_flashattn import _ffi, _options, attention, explain, lse_without_sinks, varlen_attention
 
 SEEDS = {"dropout_key": jax.random.key(0), "dropout_rate": 0.5}
 IDS = {"query_segment_ids": jnp.zeros((B, T), "int32")}
@@ -114,6 +114,31 @@ def test_the_dropout_rate_is_rounded_to_what_kernels_have():
     assert steps(2.0**-18) == 0
     assert steps(0.5) == 2**15
     assert steps(1 - 2.0**-20) == 2**16 - 1  # never all
+
+
+@pytest.mark.parametrize("scores", ["bias, mask or a scale on the device: general scores", "plain"])
+def test_explain_names_what_made_scores_general(monkeypatch, scores):
+    """Whether they are is the kernels' to say; which operands did it is seen here."""
+    plan = _ffi.Plan("sm90", 64, 128, 128, 12, 1, 1, 1, "schedule", f"capability 9.0; {scores}")
+    monkeypatch.setattr(_ffi, "plan", lambda *args, **kwargs: plan)
+
+    def reason(**options):
+        return explain(**arrays(), **options, platform="cuda").reason
+
+    features = {
+        "bias": {"bias": jnp.zeros((T, S))},
+        "mask": {"mask": jnp.ones((T, S), bool)},
+        "a scale on the device": {"scale": jnp.float32(1)},
+        "logits_soft_cap": {"logits_soft_cap": 2.0},
+        "alibi_slopes": {"alibi_slopes": jnp.ones((N,))},
+        "dropout": SEEDS,
+        "segment ids": IDS,
+    }
+    for name, options in features.items():
+        general = f"capability 9.0; general scores ({name})"
+        assert reason(**options) == (general if scores != "plain" else plan.why)
+    both = reason(bias=jnp.zeros((T, S)), logits_soft_cap=2.0)
+    assert ("(bias, logits_soft_cap)" in both) == (scores != "plain")
 
 
 # Packed sequences --------------------------------------------------------------------------------
