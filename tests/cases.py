@@ -320,8 +320,6 @@ UNBUILT = (
     "alibi",
     "sinks",
     "dropout_rate",
-    "num_sink_tokens",
-    "query_segment_ids",
 )
 
 

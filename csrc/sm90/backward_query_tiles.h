@@ -25,7 +25,7 @@ struct BackwardQueryTile {
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
-  static constexpr bool kReadsTable = true;
+  static constexpr bool kAnyVisibility = true;
 
   // Registers of a thread, as in ForwardTile.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;

@@ -19,8 +19,9 @@ enum class QueryShare {
 };
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
-// come through a ring of kStages places. Some have no registers left to read a table of who sees whom.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, bool kReadsTable_ = true>
+// come through a ring of kStages places. Some have no registers left for more than
+// a formula of who sees whom.
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, bool kAnyVisibility_ = true>
 struct BackwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -30,7 +31,7 @@ struct BackwardTile {
   static constexpr QueryShare kShare = kShare_;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
-  static constexpr bool kReadsTable = kReadsTable_;
+  static constexpr bool kAnyVisibility = kAnyVisibility_;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
@@ -55,7 +56,7 @@ struct BackwardTiles {
   using Dense = BackwardTile<kHeadDim, 2, 80, QueryShare::kColumns>;  // 4k: 515 (64 queries: 497), 16k: 543 (523)
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
-  using Tables = Long;                                                  // where a table says who sees whom
+  using AnyVisibility = Long;                                           // where no formula says who sees whom
   using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns>;  // 64 queries spill while they read a bias
 };
 template <>
@@ -63,7 +64,7 @@ struct BackwardTiles<96> {
   using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;
   using Long = Dense;
   using Short = Long;
-  using Tables = Long;
+  using AnyVisibility = Long;
   using General = Long;
 };
 template <>
@@ -71,8 +72,8 @@ struct BackwardTiles<64> {
   using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns, false>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
   using Long = Dense;                                                // causal 4k: 449 (423)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows, false>;  // 1k: 386 (371); causal 1k: 291 (295)
-  using Tables = BackwardTile<64, 2, 64, QueryShare::kTurns>;
-  using General = Tables;
+  using AnyVisibility = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using General = AnyVisibility;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -82,7 +83,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  if (needs_table(p.visibility)) return f(Type<typename Tiles::Tables>{}, std::false_type{});
+  if (!is_formula(p.visibility)) return f(Type<typename Tiles::AnyVisibility>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

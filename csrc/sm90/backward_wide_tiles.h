@@ -29,7 +29,7 @@ struct BackwardWideTile {
   // So many steps of 16 columns of K and of V are held in registers. A product of 64 x 32 x 16 whose operands both lie
   // in shared memory reads 3 KB of it, at 128 bytes a cycle, in the time of 16 cycles; with K in registers 1 KB.
   static constexpr int kHeldSteps = kHeldSteps_;
-  static constexpr bool kReadsTable = true;
+  static constexpr bool kAnyVisibility = true;
   static constexpr int kThreads = 3 * kWarpgroupThreads;
 
   // Registers of a thread, as in ForwardTile.

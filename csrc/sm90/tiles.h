@@ -19,9 +19,9 @@ constexpr int kWarpgroupRows = 64;  // M of wgmma
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 //
-// Some tiles have no registers left to read a table of who sees whom; they run where there is none.
+// Some tiles have no registers left for more than a formula of who sees whom.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1, bool kReadsTable_ = true>
+          int kCluster_ = 1, bool kAnyVisibility_ = true>
 struct ForwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -36,7 +36,7 @@ struct ForwardTile {
                 "a cluster's blocks load whole chunks of 64 columns");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
-  static constexpr bool kReadsTable = kReadsTable_;
+  static constexpr bool kAnyVisibility = kAnyVisibility_;
 
   // Registers of a thread: as the block starts, an equal share of 65536 in steps of 8, then what the roles need.
   // Growing beyond the sum of those shares would wait for ever.

@@ -133,9 +133,27 @@ class Reference {
   bool visible(int b, int h, int i, int j) const {
     const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
     const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
-    const int64_t diagonal = i + (c_.window.bottom_right ? k_len - q_len : 0);
-    return i < q_len && j < k_len && j >= diagonal - c_.window.window_left && j <= diagonal + c_.window.window_right &&
-           (v_.mask.empty() || v_.mask[score_at(c_.mask, b, h, i, j)] != 0.0f);
+    int64_t diagonal = i + (c_.window.bottom_right ? k_len - q_len : 0);
+    if (!c_.cu_q.empty()) {
+      const int sequences = static_cast<int>(c_.cu_q.size()) / s_.batch - 1;
+      const int *q = &c_.cu_q[size_t(b) * (sequences + 1)], *k = &c_.cu_k[size_t(b) * (sequences + 1)];
+      int n = 0;
+      while (n < sequences && !(q[n] <= i && i < q[n + 1] && k[n] <= j && j < k[n + 1])) ++n;
+      if (n == sequences) return false;
+      const int end = n + c_.window.bottom_right;  // where both are aligned
+      diagonal = i - q[end] + k[end];
+    }
+    bool near =
+        (j >= diagonal - c_.window.window_left || j < c_.window.sink_tokens) && j <= diagonal + c_.window.window_right;
+    const size_t spans = c_.spans.size() / s_.batch;
+    for (size_t n = b * spans; n < (b + 1) * spans; n += 2) {
+      const int begin = c_.spans[n], end = c_.spans[n + 1];
+      near |= begin <= diagonal && diagonal < end && begin <= j && j < end;
+    }
+    if (!c_.q_segments.empty()) {
+      near &= c_.q_segments[size_t(b) * s_.q_len + i] == c_.k_segments[size_t(b) * s_.k_len + j];
+    }
+    return near && i < q_len && j < k_len && (v_.mask.empty() || v_.mask[score_at(c_.mask, b, h, i, j)] != 0.0f);
   }
 
   double masked_score(int b, int h, int i, int j) const {
