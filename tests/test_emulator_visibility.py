@@ -7,6 +7,7 @@ import pytest
 from cases import CASES, PACKED, Case, packed
 from emulator import kernels
 from emulator.emulator import why_unavailable
+from oracle import visible_keys
 from test_emulator import check
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
@@ -89,21 +90,19 @@ class Poisoned(Case):
 
     def _alone(self):
         """Indices of such rows and of such keys."""
-        i, j = np.arange(self.q_len), np.arange(self.k_len)
         if "cu_seqlens_q" in self.options:
+            i, j = np.arange(self.q_len), np.arange(self.k_len)
             cu_q, cu_k = (self.options[name] for name in PACKED)
             belongs = [np.digitize(x, cu) for x, cu in ((i, cu_q), (j, cu_k))]
             n = len(cu_q)
             sees = (belongs[0][:, None] == belongs[1]) & (belongs[1] > 0) & (belongs[1] < n)
         else:
-            q, k = (self.options[f"{x}_segment_ids"][0] for x in ("query", "key_value"))
-            sees = np.asarray(q)[:, None] == np.asarray(k)
+            sees = visible_keys(1, self.q_len, self.k_len, **self.options)[0]
         return ~sees.any(axis=1), ~sees.any(axis=0)
 
     def arrays(self, dtype):
         arrays = super().arrays(dtype)
         rows, keys = self._alone()
-        assert rows.any()
         assert keys.any()
         arrays["query"][:, rows] = np.nan
         arrays["key"][:, keys] = arrays["value"][:, keys] = np.nan
@@ -126,7 +125,11 @@ def islands(tokens, stranger):
 ALONE = {
     "packed": packed((30, 40), (9, 0), (0, 5), (60, 70), first=(11, 7)),
     "segments": {
-        "query_segment_ids": islands(130, 77), "key_value_segment_ids": islands(140, 88),
+        "query_segment_ids": islands(130, 77), "key_value_segment_ids": islands(300, 88),
+    },
+    "sink-tokens": {
+        "is_causal": True, "causal_alignment": "bottom_right", "local_window_size": (9, None),
+        "num_sink_tokens": 5,
     },
 }  # fmt: skip
 
@@ -134,7 +137,7 @@ ALONE = {
 def run_poisoned(kind, route, **options):
     """Both runs' results in float32: with NaN where nobody looks, and without."""
     for of in (Poisoned, Case):
-        case, more = on_route(of("alone", 130, 140, batch=1, options=ALONE[kind]), route)
+        case, more = on_route(of("alone", 130, 300, batch=1, options=ALONE[kind]), route)
         results = kernels.run(case, "bfloat16", **more, **options)
         yield {name: x.astype(np.float32) for name, x in results.items()}
 
@@ -176,6 +179,11 @@ MUTANTS = {
         "sm90-deterministic", "packed-cross-causal"),
     "gaps-forgotten": (
         "common/visibility.cuh", "gap |= from(gap);", "gap = 0;", "sm90-deterministic", "alone"),
+    "sinks-hidden": (
+        "common/scores.cuh", "col >= begin || col < sink_end", "col >= begin",
+        "sm90-deterministic", "sink-tokens-4-of-8"),
+    "sinks-seen-by-a-window": (
+        "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
     "rows-not-cleaned": (
         "sm90/backward.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
 }  # fmt: skip

@@ -68,6 +68,11 @@ struct Sequence {
   // Keys below it are sinks: row i sees those before keys(i).end.
   __device__ __forceinline__ int sink_keys() const { return any_visibility ? p.visibility.sink_tokens : 0; }
 
+  __device__ __forceinline__ bool is_sink(int j) const { return sink_keys() > 0 && j < sink_keys(); }
+
+  // Whether each row sees one interval, and a formula says which.
+  __device__ __forceinline__ bool is_formula() const { return !has_table() && sink_keys() == 0; }
+
   // Keys that row i sees, but for sinks. May end before it begins.
   __device__ __forceinline__ Interval keys(int i) const {
     if (has_table()) return i < q_len ? interval(table_rows().token(i)) : Interval{0, 0};
@@ -77,7 +82,7 @@ struct Sequence {
   // Rows that see key j.
   __device__ __forceinline__ Interval rows(int j) const {
     if (has_table()) return j < k_len ? interval(table_keys().token(j)) : Interval{0, 0};
-    return {max(0, j - past_keys + 1), j >= k_len ? 0 : j < sink_keys() ? q_len : min(q_len, j + 1 - first_key)};
+    return {max(0, j - past_keys + 1), j >= k_len ? 0 : is_sink(j) ? q_len : min(q_len, j + 1 - first_key)};
   }
 
   // Of rows and keys inside of what is seen and what sees: where a formula says that it has no gaps.
@@ -86,9 +91,7 @@ struct Sequence {
     const Interval seen = keys(i);
     return !seen.empty() || (sink_keys() > 0 && seen.end > 0);
   }
-  __device__ __forceinline__ bool is_seen(int j) const {
-    return (!has_table() && sink_keys() == 0) || !rows(j).empty();
-  }
+  __device__ __forceinline__ bool is_seen(int j) const { return is_formula() || !rows(j).empty(); }
 
   // Whether row i sees all of keys(i), or those of its own segment; the same of key j and rows(j).
   __device__ __forceinline__ bool sees_all_keys(int i) const {
@@ -121,14 +124,14 @@ struct Sequence {
   // Rows that see some key of [begin, end), and perhaps some between them.
   __device__ __forceinline__ Interval rows_of_keys(int begin, int end) const {
     if (has_table()) return hull(table_keys(), begin, end, k_len);
-    const int last = begin < sink_keys() ? q_len : min(q_len, min(end, k_len) - first_key);
+    const int last = is_sink(begin) ? q_len : min(q_len, min(end, k_len) - first_key);
     return {max(0, begin - past_keys + 1), begin < k_len ? last : 0};
   }
 
   // Rows that see every key of [begin, end).
   __device__ __forceinline__ Interval rows_of_all_keys(int begin, int end) const {
     if (has_table()) return common(table_keys(), begin, end, k_len);
-    const int first = begin < sink_keys() && sink_keys() < end ? sink_keys() : begin;  // that is seen by no more rows
+    const int first = is_sink(begin) && sink_keys() < end ? sink_keys() : begin;  // that is seen by no more rows
     return {rows(end - 1).begin, end <= k_len ? rows(first).end : 0};
   }
 

@@ -89,24 +89,27 @@ __device__ __forceinline__ int id_block_tokens(int tokens) {
   return block;
 }
 
-// All threads of a block: the blocks of `ids`.
+// All threads of a block: the blocks of `ids`. Eight lanes look at one, so that many loads are under way at a time.
 __device__ __forceinline__ void summarize_ids(const VisibilitySmem& smem, const int* ids, int tokens) {
+  constexpr int kLanes = 8, kBlocksAtOnce = kVisibilityThreads / kLanes;
   const int block = id_block_tokens(tokens);
-  for (int first = warp_index() * block; first < tokens; first += kVisibilityThreads / kWarpThreads * block) {
+  for (int round = 0; round * kBlocksAtOnce * block < tokens; ++round) {
+    const int n = round * kBlocksAtOnce + thread_index() / kLanes;
     int lowest = kUnbounded, highest = -kUnbounded - 1;
-#pragma unroll 4
-    for (int x = first + lane_index(); x < min(first + block, tokens); x += kWarpThreads) {
-      const int id = load_global(ids + x);
-      lowest = min(lowest, id);
-      highest = max(highest, id);
+#pragma unroll 16
+    for (int within = thread_index() % kLanes; within < block; within += kLanes) {
+      const int x = n * block + within;
+      const int id = x < tokens ? load_global(ids + x) : 0;
+      lowest = min(lowest, x < tokens ? id : kUnbounded);
+      highest = max(highest, x < tokens ? id : -kUnbounded - 1);
     }
-    for (int step = 1; step < kWarpThreads; step *= 2) {
+    for (int step = 1; step < kLanes; step *= 2) {
       lowest = min(lowest, int(shuffle_xor(uint32_t(lowest), step)));
       highest = max(highest, int(shuffle_xor(uint32_t(highest), step)));
     }
-    if (lane_index() != 0) continue;
-    store_shared_32(shared_address(&smem.lowest[first / block]), lowest);
-    store_shared_32(shared_address(&smem.highest[first / block]), highest);
+    if (thread_index() % kLanes != 0 || n >= kIdBlocks) continue;
+    store_shared_32(shared_address(&smem.lowest[n]), lowest);
+    store_shared_32(shared_address(&smem.highest[n]), highest);
   }
   barrier();
 }

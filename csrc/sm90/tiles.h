@@ -118,7 +118,7 @@ enum class ForwardKind { kDense, kLong, kShort, kGeneral };
 inline bool is_dense(const Problem& p) {
   const Visibility& v = p.visibility;
   return v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && v.q_lengths == nullptr &&
-         v.k_lengths == nullptr && !needs_table(v);
+         v.k_lengths == nullptr && is_formula(v);
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
