@@ -36,8 +36,6 @@ int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape
 // What only the reference has so far.
 std::string unbuilt(const Problem& p) {
   if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
-  if (p.visibility.sink_tokens > 0) return "num_sink_tokens";
-  if (p.visibility.q_segments != nullptr) return "query_segment_ids";
   return "";
 }
 
@@ -46,6 +44,9 @@ template <class F>
 Status choose(const Problem& p, F&& f) {
   if (const std::string name = unbuilt(p); !name.empty())
     return Status::Unimplemented("no kernel has " + name + " yet");
+  if (p.visibility.sink_tokens > 0 && (p.visibility.q_segments != nullptr || p.visibility.cu_q != nullptr)) {
+    return Status::Unimplemented("sink tokens are the first of the whole sequence; not of segments or packed ones");
+  }
   if (p.shape.q_len > kMaxSequence || p.shape.k_len > kMaxSequence) {
     return Status::Unimplemented("a sequence of " + std::to_string(std::max(p.shape.q_len, p.shape.k_len)) +
                                  " is longer than " + std::to_string(kMaxSequence));

@@ -102,6 +102,9 @@ struct Visibility {
 inline bool needs_table(const Visibility& v) {
   return v.q_segments != nullptr || v.spans != nullptr || v.cu_q != nullptr;
 }
+// Whether what a row sees is one interval, and that a formula. Others run kernels that have registers for more.
+inline bool is_formula(const Visibility& v) { return !needs_table(v) && v.sink_tokens == 0; }
+
 // Of each side of a batch entry the table has a group of records for kTableTile tokens: one for each, one for each
 // kTableBlock of them, and one for all. A record is four ints.
 constexpr int kTableBlock = 16, kTableTile = 64;

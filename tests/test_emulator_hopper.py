@@ -338,7 +338,7 @@ MUTANTS = {
         "forward_bias.cuh", "bias.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
     "item-not-kept-for-the-bias": (
         "forward_bias.cuh",
-        "    arrive_for_warp(shared_address(&smem.q_free));  // the item has been read\n", "",
+        "    arrive_for_lane(shared_address(&smem.q_free));  // the item has been read\n", "",
         "bias-aligned-lengths"),
 }  # fmt: skip
 

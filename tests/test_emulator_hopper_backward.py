@@ -42,6 +42,14 @@ CASES_OF_GRADIENTS = (
     "packed-gaps",
     "packed-window-bottom-right",
     "packed-nothing",
+    "segments-causal",
+    "segments-cross",
+    "segments-mixed",
+    "segments-padding-sees-nothing",
+    "sink-tokens-4-of-8",
+    "sink-tokens-70-of-5",
+    "sink-tokens-lengths",
+    "spans-sink-tokens",
 )
 
 

@@ -54,6 +54,12 @@ SOME = (
     "packed-causal",
     "packed-cross-bottom-right",
     "packed-gaps",
+    "segments-window",
+    "segments-mixed",
+    "segments-padding-sees-nothing",
+    "sink-tokens-4-of-8",
+    "sink-tokens-70-of-5",
+    "spans-sink-tokens",
 )
 IN_CLUSTERS = (
     "dense-63x63",  # the second block of a cluster has no keys
@@ -71,6 +77,7 @@ IN_CLUSTERS = (
     "spans",
     "packed-cross",
     "packed-gaps",
+    "sink-tokens-lengths",
 )
 CLUSTER_DIMS = (256, 256)  # what plain scores run in clusters of two blocks
 

@@ -85,7 +85,8 @@ struct ScoreReader {
  private:
   // What a row sees, counted from the thread's first column: what is compared with them are then constants.
   __device__ __forceinline__ static Interval columns(int row, const Position<>& at, const Sequence& sequence) {
-    const Interval visible = kTransposed ? sequence.rows(row) : sequence.keys(row);
+    Interval visible = kTransposed ? sequence.rows(row) : sequence.keys(row);
+    if (!kTransposed && sequence.sink_keys() > 0) visible.begin = 0;
     return {visible.begin - at.first_col, visible.end - at.first_col};
   }
   template <class Pair, bool kWhole, int kCols>

@@ -118,7 +118,10 @@ struct ScoreRule {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
-      hide_outside(s, r, at, sequence.rows(j));
+      hide_outside(s, r, at, sequence.rows(j), 0);
+      if (kGeneral && !sequence.seen_by_all_rows(j)) {
+        hide_others(s, r, at, load_global(sequence.key_segments() + j), sequence.row_segments());
+      }
     }
   }
 
@@ -127,20 +130,45 @@ struct ScoreRule {
   __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
                                                    const Sequence& sequence) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) hide_outside(s, r, at, sequence.keys(opaque(at.row(r))));
+    for (int r = 0; r < kRows; ++r) {
+      const int i = opaque(at.row(r));
+      hide_outside(s, r, at, sequence.keys(i), sequence.sink_keys());
+      if (kGeneral && !sequence.sees_all_keys(i)) {
+        hide_others(s, r, at, load_global(sequence.row_segments() + i), sequence.key_segments());
+      }
+    }
   }
-  // Keeps of one row the columns of an interval.
+  // Keeps of one row the columns of an interval, and those below both its end and `sinks`.
   template <int kRows, int kCols>
   __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
-                                                      const Interval& visible) {
+                                                      const Interval& visible, int sinks) {
     // Relative to this thread's first column: what is compared with them are then constants.
     const int begin = visible.begin - at.first_col;
     const int end = visible.end - at.first_col;
 #pragma unroll
     for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
     if (begin <= 0) return;  // of keys, only windows have an edge there
+    if (const int sink_end = sinks - at.first_col; sinks > 0 && sink_end > 0) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        const int col = Position<>::col_offset(c);
+        s.v[r][c] = col >= begin || col < sink_end ? s.v[r][c] : minus_infinity();
+      }
+      return;
+    }
 #pragma unroll
     for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
+  }
+
+  // Keeps of what is left of a row the columns of its segment.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ static void hide_others(Fragment<kRows, kCols>& s, int r, const Position<>& at,
+                                                     int segment, const int* segments) {
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+      if (s.v[r][c] == minus_infinity()) continue;  // outside the tensor too
+      if (load_global(segments + at.col(c)) != segment) s.v[r][c] = minus_infinity();
+    }
   }
 
   // All but visibility. The first round of `words` has been loaded, except of what is transposed.

@@ -18,8 +18,9 @@ struct Interval {
 };
 
 // One side, rows or keys, of one batch entry in the table. Records are
-//   of a token      begin, end of what it sees (0, 0: nothing), offset, -
-//   of kTableBlock  begin, end of what all of them see; empty as well where some lie past the length
+//   of a token      begin, end of what it sees (0, 0: nothing), offset, whether it sees all between. Of a row that
+//                   sees nothing but sinks both are where those end at the latest
+//   of kTableBlock  begin, end of what all of them see; empty as well where some lie past the length or see not all
 //   of kTableTile   begin, end of what contains all that any of them sees; whether a token of the tensor sees nothing
 class TableSide {
  public:
@@ -47,22 +48,23 @@ struct Sequence {
   int q_len, k_len;          // of this batch entry, not the padded extents
   int offset;                // where there is no table, row i lies at position i + offset among the keys
   int first_key, past_keys;  // what row 0 would see of keys without end: row i sees [i + first_key, i + past_keys)
-  bool reads_table;          // a constant; where it is false there is no table
+  bool any_visibility;       // a constant; where it is false there is no table and no sink token
 
-  __device__ __forceinline__ Sequence(const Problem& p_, int b_, int q_len_, int k_len_, bool reads_table_ = true)
-      : p(p_), b(b_), q_len(q_len_), k_len(k_len_), reads_table(reads_table_) {
+  __device__ __forceinline__ Sequence(const Problem& p_, int b_, int q_len_, int k_len_, bool any_visibility_ = true)
+      : p(p_), b(b_), q_len(q_len_), k_len(k_len_), any_visibility(any_visibility_) {
     const Visibility& visibility = p.visibility;
     offset = visibility.bottom_right ? k_len - q_len : 0;
     first_key = offset - min(visibility.window_left, kMaxSequence);
     past_keys = offset + min(visibility.window_right, kMaxSequence) + 1;
   }
-  __device__ __forceinline__ Sequence(const Problem& p_, int b_, bool reads_table_ = true)
+  __device__ __forceinline__ Sequence(const Problem& p_, int b_, bool any_visibility_ = true)
       : Sequence(p_, b_, length(p_.visibility.q_lengths, b_, p_.shape.q_len),
-                 length(p_.visibility.k_lengths, b_, p_.shape.k_len), reads_table_) {}
+                 length(p_.visibility.k_lengths, b_, p_.shape.k_len), any_visibility_) {}
 
   __device__ __forceinline__ TableSide table_rows() const { return TableSide(p, b, true); }
   __device__ __forceinline__ TableSide table_keys() const { return TableSide(p, b, false); }
-  __device__ __forceinline__ bool has_table() const { return reads_table && p.visibility.table != nullptr; }
+  __device__ __forceinline__ bool has_segments() const { return p.visibility.q_segments != nullptr; }
+  __device__ __forceinline__ bool has_table() const { return any_visibility && p.visibility.table != nullptr; }
 
   // Row i lies at position i + offset among the keys. Of rows and keys that see each other both say the same.
   __device__ __forceinline__ int offset_of_row(int i) const {
@@ -72,7 +74,15 @@ struct Sequence {
     return has_table() && j < k_len ? load_global(table_keys().token(j) + 2) : offset;
   }
 
-  // Keys that row i sees.
+  // Keys below it are sinks: row i sees those before keys(i).end.
+  __device__ __forceinline__ int sink_keys() const { return any_visibility ? p.visibility.sink_tokens : 0; }
+
+  __device__ __forceinline__ bool is_sink(int j) const { return sink_keys() > 0 && j < sink_keys(); }
+
+  // Whether each row sees one interval, and a formula says which.
+  __device__ __forceinline__ bool is_formula() const { return !has_table() && sink_keys() == 0; }
+
+  // Keys that row i sees, but for sinks. May end before it begins.
   __device__ __forceinline__ Interval keys(int i) const {
     if (has_table()) return i < q_len ? interval(table_rows().token(i)) : Interval{0, 0};
     return {max(0, i + first_key), i < q_len ? min(k_len, i + past_keys) : 0};
@@ -81,16 +91,34 @@ struct Sequence {
   // Rows that see key j.
   __device__ __forceinline__ Interval rows(int j) const {
     if (has_table()) return j < k_len ? interval(table_keys().token(j)) : Interval{0, 0};
-    return {max(0, j - past_keys + 1), j < k_len ? min(q_len, j + 1 - first_key) : 0};
+    return {max(0, j - past_keys + 1), j >= k_len ? 0 : is_sink(j) ? q_len : min(q_len, j + 1 - first_key)};
   }
 
-  // Of rows and keys inside of what is seen and what sees: without a table that has no gaps.
-  __device__ __forceinline__ bool sees(int i) const { return !has_table() || !keys(i).empty(); }
-  __device__ __forceinline__ bool is_seen(int j) const { return !has_table() || !rows(j).empty(); }
+  // Of rows and keys inside of what is seen and what sees: where a formula says that it has no gaps.
+  __device__ __forceinline__ bool sees(int i) const {
+    if (!has_table()) return true;
+    const Interval seen = keys(i);
+    return !seen.empty() || (sink_keys() > 0 && seen.end > 0);
+  }
+  __device__ __forceinline__ bool is_seen(int j) const { return is_formula() || !rows(j).empty(); }
+
+  // Whether row i sees all of keys(i), or those of its own segment; the same of key j and rows(j).
+  __device__ __forceinline__ bool sees_all_keys(int i) const {
+    return !has_segments() || i >= q_len || load_global(table_rows().token(i) + 3) != 0;
+  }
+  __device__ __forceinline__ bool seen_by_all_rows(int j) const {
+    return !has_segments() || j >= k_len || load_global(table_keys().token(j) + 3) != 0;
+  }
+  __device__ __forceinline__ const int* row_segments() const {
+    return p.visibility.q_segments + int64_t(b) * p.shape.q_len;
+  }
+  __device__ __forceinline__ const int* key_segments() const {
+    return p.visibility.k_segments + int64_t(b) * p.shape.k_len;
+  }
 
   // Of tiles: `begin` is a multiple of kTableBlock, and what a table says is that of whole kTableTile.
 
-  // Keys that some row of [begin, end) sees, and perhaps some between them.
+  // Keys that some row of [begin, end) sees, but for sinks, and perhaps some between them. May end before it begins.
   __device__ __forceinline__ Interval keys_of_rows(int begin, int end) const {
     if (has_table()) return hull(table_rows(), begin, end, q_len);
     return {keys(begin).begin, begin < q_len ? keys(min(end, q_len) - 1).end : 0};
@@ -105,13 +133,15 @@ struct Sequence {
   // Rows that see some key of [begin, end), and perhaps some between them.
   __device__ __forceinline__ Interval rows_of_keys(int begin, int end) const {
     if (has_table()) return hull(table_keys(), begin, end, k_len);
-    return {max(0, begin - past_keys + 1), begin < k_len ? min(q_len, min(end, k_len) - first_key) : 0};
+    const int last = is_sink(begin) ? q_len : min(q_len, min(end, k_len) - first_key);
+    return {max(0, begin - past_keys + 1), begin < k_len ? last : 0};
   }
 
   // Rows that see every key of [begin, end).
   __device__ __forceinline__ Interval rows_of_all_keys(int begin, int end) const {
     if (has_table()) return common(table_keys(), begin, end, k_len);
-    return {rows(end - 1).begin, end <= k_len ? rows(begin).end : 0};
+    const int first = is_sink(begin) && sink_keys() < end ? sink_keys() : begin;  // that is seen by no more rows
+    return {rows(end - 1).begin, end <= k_len ? rows(first).end : 0};
   }
 
   // Whether there are such gaps in [begin, end), where `begin` is any number. All lanes of a warp ask together.
@@ -119,7 +149,10 @@ struct Sequence {
     return has_table() && has_gap(table_rows(), begin, min(end, p.shape.q_len));
   }
   __device__ __forceinline__ bool has_unseen_keys(int begin, int end) const {
-    return has_table() && has_gap(table_keys(), begin, min(end, p.shape.k_len));
+    if (!has_table()) {  // before the first row's window, and past the last one's
+      return sink_keys() > 0 && (begin < first_key || min(end, p.shape.k_len) > keys(q_len - 1).end);
+    }
+    return has_gap(table_keys(), begin, min(end, p.shape.k_len));
   }
 
  private:
@@ -137,7 +170,7 @@ struct Sequence {
       const Interval tile = interval(side.tile(x));
       found = {min(found.begin, tile.begin), max(found.end, tile.end)};
     }
-    return found.empty() ? Interval{0, 0} : found;
+    return found.begin > found.end ? Interval{0, 0} : found;
   }
   __device__ __forceinline__ static Interval common(const TableSide& side, int begin, int end, int length) {
     Interval found{0, kUnbounded};
@@ -153,5 +186,46 @@ struct Sequence {
     return any_lane(x < end && load_global(side.tile(x) + 2) != 0);
   }
 };
+
+// What the first key of a tile is a multiple of: TMA copies a bias from multiples of 16 bytes on, and dropout numbers
+// keys in blocks of 16.
+__device__ __forceinline__ int key_alignment(const Scores& scores) {
+  return scores.bias.data != nullptr || scores.dropout.seeds != nullptr ? 16 : 1;
+}
+
+// The keys that rows of a tile look at, in tiles of kK: those with sinks first, then those of the interval.
+template <int kK>
+struct KeyTiles {
+  int first;     // key of the first tile
+  int sink_end;  // where tiles of sinks end, and those of the interval begin at `resume`; 0 where they need none
+  int resume;
+  int count;  // of all tiles
+
+  // `keys` are those of keys_of_rows(); what is empty becomes one that is.
+  __device__ __forceinline__ KeyTiles(Interval& keys, int sinks, int alignment) {
+    sinks = min(sinks, keys.end);
+    sink_end = 0;
+    if (sinks > 0) {
+      const int rounded = ceil_div(sinks, kK) * kK;
+      if (keys.empty()) keys = {sinks, sinks};
+      sink_end = rounded < keys.begin ? rounded : 0;
+    }
+    resume = keys.begin / alignment * alignment;
+    first = sinks > 0 ? 0 : resume;
+    count = sink_end / kK + max(0, ceil_div(keys.end - (sink_end > 0 ? resume : first), kK));
+  }
+  __device__ __forceinline__ int next(int j) const { return sink_end > 0 && j + kK == sink_end ? resume : j + kK; }
+};
+
+// Whether key j is among those that the rows of a tile look at.
+__device__ __forceinline__ bool looks_at(const Interval& keys, int sinks, int j) {
+  return keys.contains(j) || (sinks > 0 && j < min(sinks, keys.end));
+}
+
+// Whether some key of a tile from j on of a tensor of `length` is not.
+template <int kK>
+__device__ __forceinline__ bool looks_past(const Interval& keys, int sinks, int j, int length) {
+  return keys.end < min(j + kK, length) || (j < keys.begin && j + kK > sinks);
+}
 
 }  // namespace jfa

@@ -15,10 +15,20 @@ namespace jfa {
 
 constexpr int kVisibilityThreads = 256;
 
+// Ids of segments are looked at in blocks, of which the smallest and the largest id are known.
+constexpr int kIdBlocks = 1024, kIdBlock = 128;  // at most so many, each of so many tokens or a power of two more
+
+struct VisibilitySmem {
+  int begin[kVisibilityThreads / kTableBlock], end[kVisibilityThreads / kTableBlock];  // of what any of a block sees
+  int gap[kVisibilityThreads / kTableBlock];
+  int lowest[kIdBlocks], highest[kIdBlocks];  // id of the other side
+};
+
 // What one token sees of the other side.
 struct Sight {
   Interval of{0, 0};
-  int offset = 0;  // row i lies at position i + offset among the keys
+  int offset = 0;     // row i lies at position i + offset among the keys
+  bool exact = true;  // all of the interval, and not only what is of the same segment
 };
 
 // Which packed sequence a token belongs to; -1: to none. `begins` is [sequences + 1].
@@ -66,15 +76,71 @@ __device__ __forceinline__ Sight sight_of(const Sequence& sequence, int x, bool 
                         clamp(load_global(at + 1), -kFarthest, kFarthest)};
     if (span.contains(position)) of = {min(of.begin, span.begin + back), max(of.end, span.end + back)};
   }
+  if (!is_row && x < v.sink_tokens) of.end = within.end;
   of = {max(of.begin, within.begin), min(of.end, within.end)};
-  if (!of.empty()) sight.of = of;
+  if (is_row && v.sink_tokens > 0) of.begin = min(of.begin, max(of.end, 0));
+  if (!of.empty() || (is_row && v.sink_tokens > 0 && of.end > 0)) sight.of = of;
   return sight;
 }
 
-struct VisibilitySmem {
-  int begin[kVisibilityThreads / kTableBlock], end[kVisibilityThreads / kTableBlock];  // of what any of a block sees
-  int gap[kVisibilityThreads / kTableBlock];
-};
+__device__ __forceinline__ int id_block_tokens(int tokens) {
+  int block = kIdBlock;
+  while (int64_t(block) * kIdBlocks < tokens) block *= 2;
+  return block;
+}
+
+// All threads of a block: the blocks of `ids`. Eight lanes look at one, so that many loads are under way at a time.
+__device__ __forceinline__ void summarize_ids(const VisibilitySmem& smem, const int* ids, int tokens) {
+  constexpr int kLanes = 8, kBlocksAtOnce = kVisibilityThreads / kLanes;
+  const int block = id_block_tokens(tokens);
+  for (int round = 0; round * kBlocksAtOnce * block < tokens; ++round) {
+    const int n = round * kBlocksAtOnce + thread_index() / kLanes;
+    int lowest = kUnbounded, highest = -kUnbounded - 1;
+#pragma unroll 16
+    for (int within = thread_index() % kLanes; within < block; within += kLanes) {
+      const int x = n * block + within;
+      const int id = x < tokens ? load_global(ids + x) : 0;
+      lowest = min(lowest, x < tokens ? id : kUnbounded);
+      highest = max(highest, x < tokens ? id : -kUnbounded - 1);
+    }
+    for (int step = 1; step < kLanes; step *= 2) {
+      lowest = min(lowest, int(shuffle_xor(uint32_t(lowest), step)));
+      highest = max(highest, int(shuffle_xor(uint32_t(highest), step)));
+    }
+    if (thread_index() % kLanes != 0 || n >= kIdBlocks) continue;
+    store_shared_32(shared_address(&smem.lowest[n]), lowest);
+    store_shared_32(shared_address(&smem.highest[n]), highest);
+  }
+  barrier();
+}
+
+// Narrows what a token sees to the first and the last of its segment. Ids in runs are looked at one by one only where a
+// run begins or ends.
+__device__ __forceinline__ void narrow_to_segment(const VisibilitySmem& smem, const int* ids, int tokens, int id,
+                                                  Sight& sight) {
+  const int block = id_block_tokens(tokens);
+  Interval found{kUnbounded, 0};
+  int count = 0;
+  for (int n = sight.of.begin / block; n * block < sight.of.end; ++n) {
+    const int lowest = load_shared_32(shared_address(&smem.lowest[n]));
+    const int highest = load_shared_32(shared_address(&smem.highest[n]));
+    if (id < lowest || id > highest) continue;
+    const Interval part{max(n * block, sight.of.begin), min((n + 1) * block, sight.of.end)};
+    if (lowest == highest) {
+      found = {min(found.begin, part.begin), part.end};
+      count += part.end - part.begin;
+      continue;
+    }
+#pragma unroll 8
+    for (int x = part.begin; x < part.end; ++x) {
+      if (load_global(ids + x) != id) continue;
+      found = {min(found.begin, x), x + 1};
+      ++count;
+    }
+  }
+  sight.of = found.empty() ? Interval{0, 0} : found;
+  sight.exact = count == sight.of.end - sight.of.begin;
+}
 
 // `Family` keeps the families' copies apart: they are compiled for different GPUs.
 template <class Family>
@@ -88,17 +154,25 @@ __global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const _
   const int x = (is_row ? chunk : chunk - q_chunks) * kVisibilityThreads + thread_index();
   const int extent = is_row ? p.shape.q_len : p.shape.k_len;
   const Sequence sequence(p, b);
-  const Sight sight = sight_of(sequence, x, is_row);
+  Sight sight = sight_of(sequence, x, is_row);
+  if (p.visibility.q_segments != nullptr) {
+    const int others = is_row ? p.shape.k_len : p.shape.q_len;
+    const int* ids = (is_row ? p.visibility.k_segments : p.visibility.q_segments) + int64_t(b) * others;
+    const int* own = (is_row ? p.visibility.q_segments : p.visibility.k_segments) + int64_t(b) * extent;
+    summarize_ids(smem, ids, others);
+    if (!sight.of.empty()) narrow_to_segment(smem, ids, others, load_global(own + x), sight);
+  }
   const TableSide side(p, b, is_row);
   const bool in_table = x < ceil_div(extent, kTableTile) * kTableTile;
   const Interval of = sight.of;
   if (in_table) {
-    store_global(reinterpret_cast<int4*>(side.token(x)), int4{of.begin, of.end, sight.offset, 0});
+    store_global(reinterpret_cast<int4*>(side.token(x)), int4{of.begin, of.end, sight.offset, sight.exact});
   }
 
-  Interval all = of;
-  Interval any = of.empty() ? Interval{kUnbounded, 0} : of;
-  int gap = x < extent && of.empty();
+  Interval all = sight.exact ? of : Interval{0, 0};
+  const bool nothing = of.end == 0;
+  Interval any = nothing ? Interval{kUnbounded, 0} : of;
+  int gap = x < extent && nothing;
   for (int step = 1; step < kTableBlock; step *= 2) {
     const auto from = [&](int value) { return int(shuffle_xor(uint32_t(value), step)); };
     all = {max(all.begin, from(all.begin)), min(all.end, from(all.end))};

@@ -43,16 +43,18 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
       for (int i = rows.begin; i < rows.end; i += Shape::kQ) {
         const Interval keys = sequence.keys_of_rows(i, i + Shape::kQ);
         const Interval valid_rows{0, sequence.q_len};
+        const int sinks = sequence.sink_keys();
+        const auto looked_at = [&](int j) { return looks_at(keys, sinks, j); };
 #pragma unroll 1
         for (int j = cols.begin; j < cols.end; j += Shape::kK) {
-          if (j >= keys.end || j + Shape::kK <= keys.begin) continue;
+          if (j >= keys.end || (j + Shape::kK <= keys.begin && j >= sinks)) continue;
           load_tile<decltype(smem.q), Shape::kThreads>(smem.q, head_of(p.q, b, h), p.q.row_stride, i, valid_rows,
                                                        p.shape.head_dim);
           load_tile<decltype(smem.q), Shape::kThreads>(smem.d_o, head_of(g.d_o, b, h), g.d_o.row_stride, i, valid_rows,
                                                        p.shape.value_dim);
-          load_tile<decltype(smem.k), Shape::kThreads>(smem.k, head_of(p.k, b, h_kv), p.k.row_stride, j, keys,
+          load_tile<decltype(smem.k), Shape::kThreads>(smem.k, head_of(p.k, b, h_kv), p.k.row_stride, j, looked_at,
                                                        p.shape.head_dim);
-          load_tile<decltype(smem.k), Shape::kThreads>(smem.v, head_of(p.v, b, h_kv), p.v.row_stride, j, keys,
+          load_tile<decltype(smem.k), Shape::kThreads>(smem.v, head_of(p.v, b, h_kv), p.v.row_stride, j, looked_at,
                                                        p.shape.value_dim);
           copy_async_commit();
           copy_async_wait<0>();

@@ -63,9 +63,11 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   const Sequence sequence(p, b);
   const int i = item.tile * Shape::kQ;
   const int warp_tile_row = warp_index() * Shape::kRowsPerWarp;
-  const Interval keys = sequence.keys_of_rows(i, i + Shape::kQ);
+  Interval keys = sequence.keys_of_rows(i, i + Shape::kQ);
+  const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(p.scores));
   const Interval rows{0, sequence.q_len};
-  const auto seen_keys = [&](int j) { return keys.contains(j) && sequence.is_seen(j); };
+  const auto looked_at = [&](int j) { return looks_at(keys, sequence.sink_keys(), j); };
+  const auto seen_keys = [&](int j) { return looked_at(j) && sequence.is_seen(j); };
   const ScoreRule<true> rule(p.scores, b, h);
 
   load_tile<decltype(smem.q), Shape::kThreads>(smem.q, head_of(p.q, b, h), p.q.row_stride, i, rows, p.shape.head_dim);
@@ -75,10 +77,10 @@ __global__ void __launch_bounds__(RecomputeTile<kHeadDim>::kThreads)
   Fragment<kRows, kHeadDim / 4> dq;
   dq.clear();
 #pragma unroll 1
-  for (int j = keys.begin; j < keys.end; j += Shape::kK) {
+  for (int j = tiles.first; j < keys.end; j = tiles.next(j)) {
     load_tile<decltype(smem.k), Shape::kThreads>(smem.k, head_of(p.k, b, h_kv), p.k.row_stride, j, seen_keys,
                                                  p.shape.head_dim);
-    load_tile<decltype(smem.k), Shape::kThreads>(smem.v, head_of(p.v, b, h_kv), p.v.row_stride, j, keys,
+    load_tile<decltype(smem.k), Shape::kThreads>(smem.v, head_of(p.v, b, h_kv), p.v.row_stride, j, looked_at,
                                                  p.shape.value_dim);
     copy_async_commit();
     copy_async_wait<0>();

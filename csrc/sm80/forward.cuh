@@ -68,8 +68,10 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
   const int tile_row = item.tile * Shape::kQ;
   const int warp_tile_row = warp_index() * Shape::kRowsPerWarp;
   const int warp_row = tile_row + warp_tile_row;
-  const Interval keys = sequence.keys_of_rows(tile_row, tile_row + Shape::kQ);
-  const auto seen_keys = [&](int j) { return keys.contains(j) && sequence.is_seen(j); };
+  Interval keys = sequence.keys_of_rows(tile_row, tile_row + Shape::kQ);
+  const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(p.scores));
+  const auto looked_at = [&](int j) { return looks_at(keys, sequence.sink_keys(), j); };
+  const auto seen_keys = [&](int j) { return looked_at(j) && sequence.is_seen(j); };
   const Interval unmasked = sequence.keys_of_all_rows(warp_row, warp_row + Shape::kRowsPerWarp);
 
   const ScoreRule<kGeneral> rule(p.scores, b, h);
@@ -83,13 +85,13 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
 
   load_tile<decltype(smem.q), Shape::kThreads>(smem.q, head_of(p.q, b, h), p.q.row_stride, tile_row,
                                                Interval{0, sequence.q_len}, p.shape.head_dim);
-  if (!keys.empty()) {
-    load_tile<decltype(smem.k), Shape::kThreads>(smem.k, k, p.k.row_stride, keys.begin, keys, p.shape.head_dim);
+  if (tiles.first < keys.end) {
+    load_tile<decltype(smem.k), Shape::kThreads>(smem.k, k, p.k.row_stride, tiles.first, looked_at, p.shape.head_dim);
   }
   copy_async_commit();
 
 #pragma unroll 1
-  for (int j = keys.begin; j < keys.end; j += Shape::kK) {
+  for (int j = tiles.first; j < keys.end; j = tiles.next(j)) {
     copy_async_wait<0>();
     barrier();  // K of this tile has landed for all, and no warp reads the previous V any more
     load_tile<decltype(smem.v), Shape::kThreads>(smem.v, v, p.v.row_stride, j, seen_keys, p.shape.value_dim);
@@ -101,8 +103,8 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
 
     copy_async_wait<0>();
     barrier();  // V has landed for all, and no warp reads this K any more
-    if (j + Shape::kK < keys.end) {
-      load_tile<decltype(smem.k), Shape::kThreads>(smem.k, k, p.k.row_stride, j + Shape::kK, keys, p.shape.head_dim);
+    if (const int next = tiles.next(j); next < keys.end) {
+      load_tile<decltype(smem.k), Shape::kThreads>(smem.k, k, p.k.row_stride, next, looked_at, p.shape.head_dim);
     }
     copy_async_commit();
 

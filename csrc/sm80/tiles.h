@@ -10,9 +10,9 @@ namespace jfa::sm80 {
 
 constexpr int kSharedMemoryLimit = 99 * 1024;
 
-// The kernels for general scores are those that read a table of who sees whom: where scores are plain, that would cost
-// registers in the loops of all who have no table.
-inline bool runs_general(const Problem& p) { return is_general(p) || needs_table(p.visibility); }
+// The kernels for general scores are also those for more than a formula of who sees whom: in the others it would cost
+// registers of all.
+inline bool runs_general(const Problem& p) { return is_general(p) || !is_formula(p.visibility); }
 
 // A warp owns q_tile / warps query rows; with 32 of them each key it reads from shared memory serves two products.
 template <int kHeadDim>

@@ -84,8 +84,8 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
           Type<KeyTile>{}, map, to, shared_address(&smem.kv_full), item.first_key, part, a.p.shape.k_len, gaps,
           [&](int key) { return sequence.is_seen(key); }, item.kv_head, item.batch);
     };
-    const bool without_table = !sequence.has_table() && item.q_tiles > 0;
-    load_keys(a.k, shared_address(smem.k.bytes), without_table ? sequence.keys_of_rows(rows.begin, rows.end) : all,
+    const bool by_formula = sequence.is_formula() && item.q_tiles > 0;
+    load_keys(a.k, shared_address(smem.k.bytes), by_formula ? sequence.keys_of_rows(rows.begin, rows.end) : all,
               sequence.has_unseen_keys(all.begin, all.end));
     load_keys(a.v, shared_address(smem.v.bytes), all, false);
 #pragma unroll 1

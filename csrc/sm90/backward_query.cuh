@@ -86,8 +86,10 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     const uint32_t full = shared_address(&smem.k_full[k_at.slot]);
     Keys& k = smem.k[k_at.slot];
     const Sequence sequence = sequence_of<Shape>(a.p, item);
+    const int sinks = sequence.sink_keys();
     // Past the tensor TMA writes zeros.
-    const bool clean = keys.end < min(j + Shape::kK, a.p.shape.k_len) || sequence.has_unseen_keys(j, j + Shape::kK);
+    const bool clean =
+        looks_past<Shape::kK>(keys, sinks, j, a.p.shape.k_len) || sequence.has_unseen_keys(j, j + Shape::kK);
     const uint32_t arrived = clean ? landed : full;
     mbarrier_wait(shared_address(&smem.k_free[k_at.slot]), k_at.parity);
     if (elect_one()) {
@@ -98,7 +100,7 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
       mbarrier_wait(landed, landed_parity);
       landed_parity ^= 1;
       clean_rows<Keys>(shared_address(k.bytes),
-                       [&](int row) { return j + row < keys.end && sequence.is_seen(j + row); });
+                       [&](int row) { return looks_at(keys, sinks, j + row) && sequence.is_seen(j + row); });
       fence_async_shared();
       arrive_for_warp(full);
     }
@@ -137,14 +139,15 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     };
     const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
     publish(item);
-    int j = item.first_key;
+    int j = first_tile(item);
     load_keys(j, keys, kv_head, item);
     load_rows(item);
 #pragma unroll 1
-    for (int t = 1; t < item.key_tiles; ++t, j += Shape::kK) {
+    for (int t = 1; t < item.key_tiles; ++t) {
       if (t == draw_tile) draw();
       load_values(j, kv_head, item.batch);
-      load_keys(j + Shape::kK, keys, kv_head, item);
+      j = next_tile<Shape>(item, j);
+      load_keys(j, keys, kv_head, item);
     }
     if (item.key_tiles == 1) draw();
     // The next item is worked out before the last load, which has to wait for its place anyway.
@@ -153,7 +156,7 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
     load_values(j, kv_head, last_batch);
   }
-  publish(ForwardItem{-1, 0, 0, 0, 0, 0, 0});
+  publish(ForwardItem{-1, 0, 0, 0, 0, 0, 0, 0});
 }
 
 // D = A B' of one warpgroup, A [64, kDim] and B [kRows, kDim]: the products are issued, not waited for.
@@ -236,6 +239,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   RingPosition<Shape::kValuePlaces> v_at(0);
   unsigned taken = 0;              // items
   int j = 0, end = 0;              // first key of the current tile, and of the one after the last
+  int sink_end = 0;                // where the tiles of the interval follow those of sinks
   Interval unmasked{};             // keys that all rows of this warp see
   float lse[2], delta[2];          // of this thread's rows, lse in log2 units
   int k_slot = -1;                 // the place of the keys that dS is of; none yet
@@ -249,8 +253,9 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     mbarrier_wait(shared_address(&smem.item_ready[taken % kItems]), taken / kItems % 2);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken++));
     if (item.first_row < 0) return false;
-    j = broadcast(item.first_key);
-    end = broadcast(item.first_key + item.key_tiles * Shape::kK);
+    j = broadcast(first_tile(item));
+    end = broadcast(end_of_tiles<Shape>(item));
+    sink_end = broadcast(item.sink_end);
     return true;
   };
   const auto begin_rows = [&] {
@@ -324,6 +329,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     accumulate = !first;
     j += Shape::kK;
     first = j == end;
+    if (j == sink_end) j = broadcast(load_item<ForwardItem>(item_address(smem, taken - 1)).first_key);
     if (first) {
       arrive_for_warp(shared_address(&smem.rows_free[rows_at.slot][warpgroup]));
       rows_at.advance();

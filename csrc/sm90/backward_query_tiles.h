@@ -10,7 +10,7 @@ namespace jfa::sm90 {
 // shared memory; tiles of kK keys, and of their values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is
 // needed until the scores of the next one have been issued: two places are the least for them, for values one.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kQueryPlaces_, int kKeyPlaces_,
-          int kValuePlaces_, unsigned kReads_ = kTable>
+          int kValuePlaces_, unsigned kReads_ = kVisibility>
 struct BackwardQueryTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -22,7 +22,7 @@ struct BackwardQueryTile {
   static constexpr int kKeyPlaces = kKeyPlaces_;
   static constexpr int kValuePlaces = kValuePlaces_;
   static constexpr unsigned kReads = kReads_;
-  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static_assert(kQueryPlaces <= 2, "items are published for two");
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -50,37 +50,37 @@ template <>
 struct BackwardQueryTiles<64, 64> {
   using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;
   using Formula = Plain;
-  using General = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<96, 96> {
   using Plain = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2>;
   using Formula = Plain;
-  using General = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<128, 128> {
   using Plain = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2>;
   using Formula = Plain;
-  using General = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 128> {
   using Plain = BackwardQueryTile<192, 128, 2, 80, 1, 3, 2>;
   using Formula = Plain;
-  using General = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
   using Plain = BackwardQueryTile<192, 192, 2, 80, 1, 2, 2>;
   using Formula = Plain;
-  using General = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<256, 256> {
   using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;
   using Formula = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2>;
-  using General = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kTable | kScoreTensors>;
+  using General = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardQueryTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are

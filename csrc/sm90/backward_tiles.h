@@ -20,7 +20,7 @@ enum class QueryShare {
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
 // come through a ring of kStages places.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads_ = kTable>
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads_ = kVisibility>
 struct BackwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -29,7 +29,7 @@ struct BackwardTile {
   static constexpr int kStages = 2;
   static constexpr QueryShare kShare = kShare_;
   static constexpr unsigned kReads = kReads_;
-  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
@@ -57,7 +57,7 @@ struct BackwardTiles {
   using Short = Long;
   using Formula = Long;
   // 64 queries spill while they read a bias
-  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kTable | kScoreTensors>;
+  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<96> {
@@ -65,7 +65,7 @@ struct BackwardTiles<96> {
   using Long = Dense;
   using Short = Long;
   using Formula = Long;
-  using General = BackwardTile<96, 2, 64, QueryShare::kColumns, kTable | kScoreTensors>;
+  using General = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<64> {
@@ -73,7 +73,7 @@ struct BackwardTiles<64> {
   using Long = Dense;                                                   // causal 4k: 449 (423)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows, kNothing>;  // 1k: 386 (371); causal 1k: 291 (295)
   using Formula = BackwardTile<64, 2, 64, QueryShare::kTurns>;
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kTable | kScoreTensors>;
+  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -84,7 +84,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   using Tiles = BackwardTiles<kHeadDim>;
   if (reads_scores(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
   if (is_general(p)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
-  if (needs_table(p.visibility)) return f(Type<typename Tiles::Formula>{}, std::false_type{});
+  if (!is_formula(p.visibility)) return f(Type<typename Tiles::Formula>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

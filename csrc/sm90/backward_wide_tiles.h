@@ -14,7 +14,7 @@ namespace jfa::sm90 {
 // The two blocks of a cluster work on neighbouring key tiles of one head. Each loads half of every tile of Q and dO
 // into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kQ_, int kStages_, int kCluster_ = 1, int kHeldSteps_ = 0,
-          unsigned kReads_ = kTable>
+          unsigned kReads_ = kVisibility>
 struct BackwardWideTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -31,7 +31,7 @@ struct BackwardWideTile {
   // in shared memory reads 3 KB of it, at 128 bytes a cycle, in the time of 16 cycles; with K in registers 1 KB.
   static constexpr int kHeldSteps = kHeldSteps_;
   static constexpr unsigned kReads = kReads_;
-  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static constexpr int kThreads = 3 * kWarpgroupThreads;
 
   // Registers of a thread, as in ForwardTile.
@@ -57,13 +57,13 @@ template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
   using Formula = BackwardWideTile<192, 128, 64, 3, 1, 6>;
-  using General = BackwardWideTile<192, 128, 32, 8, 1, 0, kTable | kScoreTensors>;
+  using General = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
   using Formula = BackwardWideTile<192, 192, 64, 3, 1, 6>;
-  using General = BackwardWideTile<192, 192, 32, 6, 1, 0, kTable | kScoreTensors>;
+  using General = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<256, 256> {
@@ -71,7 +71,7 @@ struct BackwardWideTiles<256, 256> {
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
   using Formula = BackwardWideTile<256, 256, 32, 4, 2, 8>;
-  using General = BackwardWideTile<256, 256, 32, 4, 1, 0, kTable | kScoreTensors>;
+  using General = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardWideTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are

@@ -82,7 +82,7 @@ __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWid
   item.first_key = cluster_key + rank * Shape::kKeys;
   item.head = place.head;
   item.batch = place.batch;
-  const Sequence sequence(a.p, item.batch, Shape::kReadsTable);
+  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   Interval rows = sequence.rows_of_keys(cluster_key, cluster_key + Shape::kClusterKeys);

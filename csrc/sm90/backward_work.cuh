@@ -63,7 +63,7 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   item.first_key = place.rank * Shape::kK;
   item.kv_head = place.head;
   item.batch = place.batch;
-  const Sequence sequence(a.p, item.batch, Shape::kReadsTable);
+  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);

@@ -67,14 +67,15 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     mbarrier_wait(free + 8 * at.slot, at.parity);
     const uint32_t to = ring + at.slot * Shape::kSlotBytes;
     const Sequence sequence = sequence_of<Shape>(a.p, item);
+    const int sinks = sequence.sink_keys();
     // Past the tensor TMA writes zeros.
-    if (keys.end >= min(j + Shape::kK, a.p.shape.k_len) && !sequence.has_unseen_keys(j, j + Shape::kK)) {
+    if (!looks_past<Shape::kK>(keys, sinks, j, a.p.shape.k_len) && !sequence.has_unseen_keys(j, j + Shape::kK)) {
       load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, item.batch);
     } else {
       load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, item.batch);
       mbarrier_wait(landed + 8 * at.slot, landed_parities >> at.slot & 1);
       landed_parities ^= 1u << at.slot;
-      clean_rows<ValueTile>(to, [&](int row) { return j + row < keys.end && sequence.is_seen(j + row); });
+      clean_rows<ValueTile>(to, [&](int row) { return looks_at(keys, sinks, j + row) && sequence.is_seen(j + row); });
       fence_async_shared();
       arrive_for_warp(full + 8 * at.slot);
     }
@@ -110,7 +111,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
 
   int number = cluster;
   Interval keys{};
-  ForwardItem item{-1, 0, 0, 0, 0, 0, 0};
+  ForwardItem item{-1, 0, 0, 0, 0, 0, 0, 0};
   if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
   publish(item, 0);
 #pragma unroll 1
@@ -122,7 +123,8 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     const int draw_tile = now.key_tiles > 16 ? now.key_tiles - 8 : 0;
     const bool draws = a.order.drawn && rank == 0 && lane_index() == 0;
     int drawn = draws && draw_tile == 0 ? draw() : 0;
-    load_keys(now.first_key, kv_head, now.batch);
+    int j = first_tile(now);
+    load_keys(j, kv_head, now.batch);
     if (Shape::kCluster > 1 && draws && draw_tile == 0) send(drawn, round);
 
     const Interval now_keys = keys;
@@ -134,12 +136,13 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
     const uint32_t q_parity = round % 2;
     bool published = false;
-    int j = now.first_key;
 #pragma unroll 1
-    for (int t = 1; t < now.key_tiles; ++t, j += Shape::kK) {
+    for (int t = 1; t < now.key_tiles; ++t) {
       if (draws && t == draw_tile) drawn = draw();
-      load_keys(j + Shape::kK, kv_head, now.batch);
-      load_values(j, now_keys, kv_head, now);
+      const int last = j;
+      j = next_tile<Shape>(now, j);
+      load_keys(j, kv_head, now.batch);
+      load_values(last, now_keys, kv_head, now);
       if (Shape::kCluster > 1 && draws && t == draw_tile) send(drawn, round);
       if (t < draw_tile || published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
       find_next();
@@ -202,6 +205,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   RingPosition<Shape::kSlots> at(0);
   unsigned taken = 0;   // items
   int j = 0, end = 0;   // first key of the current tile, and of the one after the last
+  int sink_end = 0;     // where the tiles of the interval follow those of sinks
   Interval unmasked{};  // keys that all rows of this warp see
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
@@ -216,9 +220,14 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) return false;
-    j = broadcast(item.first_key);
-    end = broadcast(item.first_key + item.key_tiles * Shape::kK);
+    j = broadcast(first_tile(item));
+    end = broadcast(end_of_tiles<Shape>(item));
+    if (Shape::kAnyVisibility) sink_end = broadcast(item.sink_end);
     return true;
+  };
+  const auto next_keys = [&] {
+    j += Shape::kK;
+    if (j == sink_end) j = broadcast(load_item<ForwardItem>(item_address(smem, taken - 1)).first_key);
   };
   // What the softmax of the item that was taken last begins with.
   const auto begin_rows = [&] {
@@ -292,7 +301,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         NoSlopes none;
         rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
       }
-      if (const int next = j + Shape::kK; Shape::kReadsScores && next < end) {
+      if (const int next = next_tile<Shape>(item, j); Shape::kReadsScores && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }
@@ -318,7 +327,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   while (more) {
     bool accumulate = false;
 #pragma unroll 1
-    for (j += Shape::kK; j < end; j += Shape::kK) {
+    for (next_keys(); j < end; next_keys()) {
       Fragment<2, kScoreCols> s;
       float correction[2];
       const int k_slot = wait_full();
@@ -382,7 +391,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
   if (thread_index() == 0) {
     mbarrier_init(shared_address(&smem.item_ready), 1);
     mbarrier_init(shared_address(&smem.q_full), 1);
-    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * 4 + a.has_bias);  // and who loads the bias
+    mbarrier_init(shared_address(&smem.q_free),
+                  Shape::kWarpgroups * 4 + a.has_bias * kWarpThreads);  // and who loads the bias
     for (int w = 0; w < Shape::kWarpgroups; ++w) {
       mbarrier_init(shared_address(&smem.bias_full[w]), 1);
       mbarrier_init(shared_address(&smem.bias_free[w]), 4);

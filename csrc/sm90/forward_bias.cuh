@@ -17,10 +17,11 @@ __device__ __forceinline__ void load_bias(const ForwardArguments& a, ForwardSmem
     mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) break;
-    arrive_for_warp(shared_address(&smem.q_free));  // the item has been read
+    arrive_for_lane(shared_address(&smem.q_free));  // the item has been read
     const int head = bias.heads > 1 ? item.head : 0, batch = bias.batch > 1 ? item.batch : 0;
+    int j = first_tile(item);
 #pragma unroll 1
-    for (int t = 0; t < item.key_tiles; ++t) {
+    for (int t = 0; t < item.key_tiles; ++t, j = next_tile<Shape>(item, j)) {
 #pragma unroll 1
       for (int w = 0; w < Shape::kWarpgroups; ++w) {
         mbarrier_wait(shared_address(&smem.bias_free[w]), parity);
@@ -29,8 +30,8 @@ __device__ __forceinline__ void load_bias(const ForwardArguments& a, ForwardSmem
         mbarrier_arrive_expect(full, Bias::kBytes);
 #pragma unroll
         for (int c = 0; c < Bias::kChunks; ++c) {
-          tma_load(to + c * Bias::kChunkBytes, a.bias, full, item.first_key + t * Shape::kK + c * kChunkCols,
-                   item.first_row + w * kWarpgroupRows, head, batch);
+          tma_load(to + c * Bias::kChunkBytes, a.bias, full, j + c * kChunkCols, item.first_row + w * kWarpgroupRows,
+                   head, batch);
         }
       }
       parity ^= 1;

@@ -28,6 +28,7 @@ struct ForwardItem {
   int head, batch;
   int q_len, k_len;
   int first_key, key_tiles;  // at least one tile, so that every row gets its zeros
+  int sink_end;              // where tiles with sinks end, if any, and those from first_key on follow
 };
 // Published items stay readable while the next two are: the epilogue of one runs when its successor has been taken.
 constexpr int kItems = 4;
@@ -61,13 +62,24 @@ struct ForwardSmem {
   alignas(kItemBytes) unsigned char items[kItems][kItemBytes];
 };
 
+// The first key of an item's first tile, of the tile after one, and of what would come after the last.
+__device__ __forceinline__ int first_tile(const ForwardItem& item) { return item.sink_end > 0 ? 0 : item.first_key; }
+template <class Shape>
+__device__ __forceinline__ int next_tile(const ForwardItem& item, int j) {
+  return item.sink_end > 0 && j + Shape::kK == item.sink_end ? item.first_key : j + Shape::kK;
+}
+template <class Shape>
+__device__ __forceinline__ int end_of_tiles(const ForwardItem& item) {
+  return item.first_key + item.key_tiles * Shape::kK - item.sink_end;
+}
+
 template <class Smem>
 __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned count) {
   return shared_address(smem.items) + count % kItems * kItemBytes;
 }
 
 // The item with that number, as block `rank` of a cluster works on it: sections of heads, in each of them the last
-// query tiles of all heads first. `keys` are those that the rows of the whole cluster see.
+// query tiles of all heads first. `keys` are those that the rows of the whole cluster see, but for sinks.
 template <class Shape, class Arguments>
 __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
   const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
@@ -76,14 +88,16 @@ __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int numb
   item.batch = place.batch;
   item.head = place.head;
   item.first_row = cluster_row + rank * Shape::kQ;
-  const Sequence sequence(a.p, item.batch, Shape::kReadsTable);
+  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   keys = sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ);
+  const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(a.p.scores));
   const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
-  if (keys.empty()) keys = {outside, outside};
-  item.first_key = keys.begin;
-  item.key_tiles = max(1, ceil_div(keys.end - keys.begin, Shape::kK));
+  if (tiles.count == 0) keys = {outside, outside};
+  item.first_key = tiles.count == 0 ? outside : tiles.sink_end > 0 ? tiles.resume : tiles.first;
+  item.key_tiles = max(1, tiles.count);
+  item.sink_end = tiles.sink_end;
   return item;
 }
 

@@ -25,7 +25,7 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(keys) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  if (!Shape::kReadsTable && needs_table(p.visibility)) return Status::Internal("this tile reads no table");
+  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
   BackwardArguments a;
   a.p = p;
   a.g = g;

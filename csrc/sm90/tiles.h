@@ -16,7 +16,7 @@ constexpr int kWarpgroupRows = 64;  // M of wgmma
 // What the threads of a tile may read besides queries, keys and values; each costs registers.
 enum Reads : unsigned {
   kNothing = 0,
-  kTable = 1,         // of who sees whom
+  kVisibility = 1,    // who sees whom, where that is more than a formula
   kScoreTensors = 2,  // a bias or a mask, from device memory
   kStagedBias = 4,    // a bias that TMA copies to shared memory
 };
@@ -27,7 +27,7 @@ enum Reads : unsigned {
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1, unsigned kReads_ = kTable>
+          int kCluster_ = 1, unsigned kReads_ = kVisibility>
 struct ForwardTile {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
@@ -39,7 +39,7 @@ struct ForwardTile {
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
   static constexpr unsigned kReads = kReads_;
-  static constexpr bool kReadsTable = kReads & kTable, kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static constexpr bool kStagesBias = kReads & kStagedBias;
   static_assert(!kStagesBias || kCluster == 1, "the blocks of a cluster do not load biases for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
@@ -70,10 +70,10 @@ struct ForwardTile {
 // Of general scores.
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using FormulaTile =
-    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kTable | kStagedBias>;
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedBias>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using ReadingTile =
-    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kTable | kScoreTensors>;
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kScoreTensors>;
 
 // For each pair of head dim and value dim: what each kind of call runs. General scores are worked out by a formula,
 // with a bias that comes by TMA, or read from memory by the threads that use them. Figures are TFLOP/s on an H200,
@@ -153,7 +153,7 @@ inline bool reads_without_tma(const Problem& p) {
 inline bool is_dense(const Problem& p) {
   const Visibility& v = p.visibility;
   return v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && v.q_lengths == nullptr &&
-         v.k_lengths == nullptr && !needs_table(v);
+         v.k_lengths == nullptr && is_formula(v);
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows

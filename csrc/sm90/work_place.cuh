@@ -26,7 +26,7 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
 // Who sees whom in the batch entry of an item.
 template <class Shape, class Item>
 __device__ __forceinline__ Sequence sequence_of(const Problem& p, const Item& item) {
-  return Sequence(p, item.batch, item.q_len, item.k_len, Shape::kReadsTable);
+  return Sequence(p, item.batch, item.q_len, item.k_len, Shape::kAnyVisibility);
 }
 
 }  // namespace jfa::sm90

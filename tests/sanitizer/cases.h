@@ -25,9 +25,10 @@ struct Case {
   std::string name, family;
   jfa::Shape shape;
   jfa::ElementType type = jfa::ElementType::kBfloat16;
-  jfa::Visibility window;                 // its lengths are made from the two below
-  std::vector<int> q_lengths, k_lengths;  // empty: absent
-  std::vector<float> device_scale;        // [1] or [batch]; empty: absent
+  jfa::Visibility window;                                      // but for its arrays, which are made from those below
+  std::vector<int> q_lengths, k_lengths;                       // empty: absent, here and below
+  std::vector<int> q_segments, k_segments, spans, cu_q, cu_k;  // as in jfa::Visibility
+  std::vector<float> device_scale;                             // [1] or [batch]; empty: absent
   Extents bias = {}, mask = {};
   jfa::ElementType bias_type = jfa::ElementType::kFloat;
   float soft_cap = 0.0f;
@@ -62,6 +63,13 @@ class Adder {
   std::vector<Case>& cases_;
   std::string family_;
 };
+
+// Of each batch entry the same: runs of `length` tokens with ids 0, 1, ...
+inline std::vector<int> segments_in_runs(int batch, int tokens, int length) {
+  std::vector<int> ids(size_t(batch) * tokens);
+  for (size_t n = 0; n < ids.size(); ++n) ids[n] = int(n) % tokens / length;
+  return ids;
+}
 
 // Every feature.
 inline void add_features(const Adder& adder, int q_len, int k_len) {
@@ -102,6 +110,33 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
   add("gqa", [](Case& c) {
     c.shape.heads = 4;
     c.window.window_right = 0;
+  });
+  add("segments", [=](Case& c) {
+    c.q_segments = segments_in_runs(2, q_len, 37);
+    c.k_segments = segments_in_runs(2, k_len, 50);
+  });
+  add("segments_mixed", [=](Case& c) {
+    c.q_segments = segments_in_runs(2, q_len, 9);
+    c.k_segments = segments_in_runs(2, k_len, 7);
+    for (std::vector<int>* ids : {&c.q_segments, &c.k_segments}) {
+      for (int& id : *ids) id %= 3;
+    }
+    c.window.window_right = 0;
+  });
+  add("spans", [=](Case& c) {
+    c.spans = {0, q_len / 3, q_len / 2, k_len + 5, -3, 8, k_len / 2, k_len / 2 + 20};
+    c.window.window_right = 0;
+  });
+  add("packed", [=](Case& c) {
+    const int q = q_len / 5, k = k_len / 5;
+    c.cu_q = {0, q, q, 3 * q, q_len, 3, q, 2 * q, 2 * q, 4 * q};
+    c.cu_k = {0, k, 2 * k, 2 * k, k_len, 0, k, k + 1, 3 * k, 5 * k};
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
+  });
+  add("sink_tokens", [=](Case& c) {
+    c.window.window_left = k_len / 6, c.window.window_right = 0;
+    c.window.sink_tokens = 5;
   });
   // 40 in the kernels for 64, 72 in those for 96, and so on; values narrower still.
   add("odd_dim", [=](Case& c) { c.shape.head_dim = dim - 24, c.shape.value_dim = dim - 32; });

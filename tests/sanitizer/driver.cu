@@ -94,12 +94,18 @@ jfa::Problem upload(const Case& c, const Values& v, Memory& memory) {
   p.scores.alibi_slopes = numbers("alibi_slopes", c.alibi_slopes);
   p.scores.sinks = numbers("sinks", c.sinks);
   p.visibility = c.window;
-  if (!c.q_lengths.empty()) {
-    p.visibility.q_lengths = memory.input("q_lengths", encode_ints(c.q_lengths))->data<int>();
-  }
-  if (!c.k_lengths.empty()) {
-    p.visibility.k_lengths = memory.input("k_lengths", encode_ints(c.k_lengths))->data<int>();
-  }
+  const auto ints = [&](const char* name, const std::vector<int>& values) -> const int* {
+    return values.empty() ? nullptr : memory.input(name, encode_ints(values))->data<int>();
+  };
+  p.visibility.q_lengths = ints("q_lengths", c.q_lengths);
+  p.visibility.k_lengths = ints("k_lengths", c.k_lengths);
+  p.visibility.q_segments = ints("q_segments", c.q_segments);
+  p.visibility.k_segments = ints("k_segments", c.k_segments);
+  p.visibility.spans = ints("spans", c.spans);
+  p.visibility.span_count = static_cast<int>(c.spans.size()) / 2 / s.batch;
+  p.visibility.cu_q = ints("cu_q", c.cu_q);
+  p.visibility.cu_k = ints("cu_k", c.cu_k);
+  p.visibility.sequences = c.cu_q.empty() ? 0 : static_cast<int>(c.cu_q.size()) / s.batch - 1;
   return p;
 }
 

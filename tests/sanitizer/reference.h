@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -142,16 +143,39 @@ class Reference {
   bool visible(int b, int h, int i, int j) const {
     const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
     const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
-    const int64_t past = distance(b, i, j);
-    return i < q_len && j < k_len && past >= -int64_t(c_.window.window_left) && past <= c_.window.window_right &&
-           (v_.mask.empty() || v_.mask[score_at(c_.mask, b, h, i, j)] != 0.0f);
+    const std::optional<int64_t> offset = offset_of(b, i, j);
+    if (!offset) return false;
+    const int64_t diagonal = i + *offset;
+    bool near =
+        (j >= diagonal - c_.window.window_left || j < c_.window.sink_tokens) && j <= diagonal + c_.window.window_right;
+    const size_t spans = c_.spans.size() / s_.batch;
+    for (size_t n = b * spans; n < (b + 1) * spans; n += 2) {
+      const int begin = c_.spans[n], end = c_.spans[n + 1];
+      near |= begin <= diagonal && diagonal < end && begin <= j && j < end;
+    }
+    if (!c_.q_segments.empty()) {
+      near &= c_.q_segments[size_t(b) * s_.q_len + i] == c_.k_segments[size_t(b) * s_.k_len + j];
+    }
+    return near && i < q_len && j < k_len && (v_.mask.empty() || v_.mask[score_at(c_.mask, b, h, i, j)] != 0.0f);
   }
 
-  int64_t distance(int b, int i, int j) const {
-    const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
-    const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
-    return int64_t(j) - i - (c_.window.bottom_right ? k_len - q_len : 0);
+  // Row i lies at position i + offset among the keys; nothing where it and key j are not of one packed sequence.
+  std::optional<int64_t> offset_of(int b, int i, int j) const {
+    if (c_.cu_q.empty()) {
+      const int64_t q_len = c_.q_lengths.empty() ? s_.q_len : c_.q_lengths[b];
+      const int64_t k_len = c_.k_lengths.empty() ? s_.k_len : c_.k_lengths[b];
+      return c_.window.bottom_right ? k_len - q_len : 0;
+    }
+    const int sequences = static_cast<int>(c_.cu_q.size()) / s_.batch - 1;
+    const int *q = &c_.cu_q[size_t(b) * (sequences + 1)], *k = &c_.cu_k[size_t(b) * (sequences + 1)];
+    for (int n = 0; n < sequences; ++n) {
+      if (!(q[n] <= i && i < q[n + 1] && k[n] <= j && j < k[n + 1])) continue;
+      const int end = n + c_.window.bottom_right;  // where both are aligned
+      return k[end] - q[end];
+    }
+    return std::nullopt;
   }
+  int64_t distance(int b, int i, int j) const { return int64_t(j) - i - offset_of(b, i, j).value_or(0); }
   float of_head(const std::vector<float>& values, int b, int h) const {
     return values[int(values.size()) > s_.heads ? b * s_.heads + h : h];
   }

@@ -1,0 +1,206 @@
+"""Who sees whom beyond windows, on the emulator: ragged batches, garbage, isolation, mutants."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import CASES, PACKED, Case, packed
+from emulator import kernels
+from emulator.emulator import why_unavailable
+from oracle import visible_keys
+from test_emulator import check
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+# Family, head dim, and whether dQ is recomputed: each kernel that looks at who sees whom.
+ROUTES = {
+    "sm80": ("sm80", 32, False),
+    "sm80-deterministic": ("sm80", 32, True),
+    "sm90": ("sm90", 64, False),
+    "sm90-deterministic": ("sm90", 64, True),
+    "sm90-wide": ("sm90", 192, True),
+}
+every_route = pytest.mark.parametrize("route", ROUTES)
+
+
+def on_route(case, route):
+    """The case with the route's head dim, and the route's arguments of kernels.run()."""
+    family, dim, deterministic = ROUTES[route]
+    case = dataclasses.replace(case, head_dim=dim, value_dim=dim)
+    return case, {"family": family, "deterministic": deterministic, "multiprocessors": 2}
+
+
+def ragged(seed):
+    """A batch of random sequences, of which some are empty on one side or both."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 9))
+    pairs = rng.integers(0, (70, 90), (count, 2)) * (rng.random((count, 2)) < 0.8)
+    if rng.random() < 0.5:
+        pairs[:, 1] = pairs[:, 0]
+    first = rng.integers(0, 20, 2) * (rng.random() < 0.5)
+    options = [{}, {"is_causal": True}, {"local_window_size": (13, 5)}][rng.integers(3)]
+    options = options | {"causal_alignment": ("top_left", "bottom_right")[rng.integers(2)]}
+    total = pairs.sum(axis=0) + first + rng.integers(0, 20, 2)
+    q_len, k_len = (int(max(1, n)) for n in total)
+    sequences = packed(*pairs.tolist(), first=first.tolist(), **options)
+    heads = {"heads": 2, "kv_heads": int(rng.integers(1, 3))}
+    return Case(f"ragged-{seed}", q_len, k_len, batch=1, **heads, options=sequences)
+
+
+@every_route
+@pytest.mark.parametrize("seed", range(6))
+def test_ragged(seed, route):
+    case, options = on_route(ragged(seed), route)
+    check(case, "bfloat16", seed=seed, **options)
+
+
+def garbage(kind, rng):
+    """Options whose integers were never meant."""
+    low, high = -(2**31), 2**31 - 1
+    anything = rng.choice([low, high, -1, 0, 1, 50, 130, 129, 2**29, -(2**29)], 64)
+
+    def numbers(*shape):
+        near = rng.integers(-20, 160, shape)
+        return np.where(rng.random(shape) < 0.5, near, np.resize(anything, shape)).tolist()
+
+    alignment = {"causal_alignment": ("top_left", "bottom_right")[rng.integers(2)]}
+    if kind == "packed":
+        return dict(zip(PACKED, (numbers(9), numbers(9)), strict=True)) | alignment
+    if kind == "spans":
+        return {"is_causal": True, "bidirectional_spans": numbers(1, 5, 2)} | alignment
+    return {"query_segment_ids": numbers(1, 130), "key_value_segment_ids": numbers(1, 140)}
+
+
+@every_route
+@pytest.mark.parametrize("kind", ["packed", "spans", "segments"])
+def test_garbage_is_safe(kind, route):
+    for seed in range(4):
+        options = garbage(kind, np.random.default_rng(seed))
+        case = Case(f"garbage-{seed}", 130, 140, batch=1, heads=1, options=options)
+        case, route_options = on_route(case, route)
+        if kind == "packed":
+            kernels.run(case, "bfloat16", seed=seed, **route_options)
+        else:  # any int32 means something
+            check(case, "bfloat16", seed=seed, **route_options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Poisoned(Case):
+    """NaN in tokens that see nothing and that nobody sees."""
+
+    def _alone(self):
+        """Indices of such rows and of such keys."""
+        if "cu_seqlens_q" in self.options:
+            i, j = np.arange(self.q_len), np.arange(self.k_len)
+            cu_q, cu_k = (self.options[name] for name in PACKED)
+            belongs = [np.digitize(x, cu) for x, cu in ((i, cu_q), (j, cu_k))]
+            n = len(cu_q)
+            sees = (belongs[0][:, None] == belongs[1]) & (belongs[1] > 0) & (belongs[1] < n)
+        else:
+            sees = visible_keys(1, self.q_len, self.k_len, **self.options)[0]
+        return ~sees.any(axis=1), ~sees.any(axis=0)
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        rows, keys = self._alone()
+        assert keys.any()
+        arrays["query"][:, rows] = np.nan
+        arrays["key"][:, keys] = arrays["value"][:, keys] = np.nan
+        return arrays
+
+    def cotangents(self, dtype):
+        d_out, d_lse = super().cotangents(dtype)
+        rows, _ = self._alone()
+        d_out[:, rows] = np.nan
+        d_lse[:, :, rows] = np.nan
+        return d_out, d_lse
+
+
+def islands(tokens, stranger):
+    """Ids in runs, and among them single tokens with one that the other side lacks."""
+    ids = np.arange(tokens) // 23
+    return (tuple(np.where(np.arange(tokens) % 9 == 4, stranger, ids).tolist()),)
+
+
+ALONE = {
+    "packed": packed((30, 40), (9, 0), (0, 5), (60, 70), first=(11, 7)),
+    "segments": {
+        "query_segment_ids": islands(130, 77), "key_value_segment_ids": islands(300, 88),
+    },
+    "sink-tokens": {
+        "is_causal": True, "causal_alignment": "bottom_right", "local_window_size": (9, None),
+        "num_sink_tokens": 5,
+    },
+}  # fmt: skip
+
+
+def run_poisoned(kind, route, **options):
+    """Both runs' results in float32: with NaN where nobody looks, and without."""
+    for of in (Poisoned, Case):
+        case, more = on_route(of("alone", 130, 300, batch=1, options=ALONE[kind]), route)
+        results = kernels.run(case, "bfloat16", **more, **options)
+        yield {name: x.astype(np.float32) for name, x in results.items()}
+
+
+@every_route
+@pytest.mark.parametrize("kind", ALONE)
+def test_what_nobody_sees_does_not_leak(kind, route):
+    actual, desired = run_poisoned(kind, route)
+    for name, x in desired.items():
+        assert x.any(), name
+        if route == "sm80" or (route == "sm90" and name == "query"):  # dQ adds in any order
+            np.testing.assert_allclose(actual[name], x, rtol=0.1, atol=0.02, err_msg=name)
+        else:
+            np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+# A file below csrc, what to replace in it, by what; the route and the case that must notice.
+MUTANTS = {
+    "sequence-begins-late": (
+        "common/visibility.cuh",
+        "load_global(begins + middle) <= x", "load_global(begins + middle) < x",
+        "sm90-deterministic", "packed-cross"),
+    "offset-of-the-next-sequence": (
+        "common/visibility.cuh", "begin_of(v.cu_k, n + v.bottom_right)", "begin_of(v.cu_k, n + 1)",
+        "sm90-deterministic", "packed-cross-causal"),
+    "span-as-keys-see-it": (
+        "common/visibility.cuh",
+        "const int back = is_row ? 0 : -sight.offset;", "const int back = 0;",
+        "sm90", "spans-prefix-bottom-right"),
+    "ids-not-compared": (
+        "common/visibility.cuh", "sight.exact = count ==", "sight.exact = true || count ==",
+        "sm90", "segments-mixed"),
+    "one-block-of-ids": (
+        "common/visibility.cuh",
+        "n * block < sight.of.end; ++n", "n * block < sight.of.end; n += 2",
+        "sm90-deterministic", "segments"),
+    "tile-summary-of-one-block": (
+        "common/visibility.cuh", "n < kTableTile / kTableBlock", "n < 1",
+        "sm90-deterministic", "packed-cross-causal"),
+    "gaps-forgotten": (
+        "common/visibility.cuh", "gap |= from(gap);", "gap = 0;", "sm90-deterministic", "alone"),
+    "sinks-hidden": (
+        "common/scores.cuh", "col >= begin || col < sink_end", "col >= begin",
+        "sm90-deterministic", "sink-tokens-4-of-8"),
+    "sinks-seen-by-a-window": (
+        "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
+    "rows-not-cleaned": (
+        "sm90/backward.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
+}  # fmt: skip
+
+
+def run_mutant(route, name, edits):
+    if name == "alone":
+        actual, desired = run_poisoned("segments", route, edits=edits)
+        for x in desired:
+            np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
+    else:
+        case, options = on_route(CASES[name], route)
+        check(case, "bfloat16", edits=edits, **options)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_caught(mutant):
+    file, old, new, route, name = MUTANTS[mutant]
+    with pytest.raises(AssertionError, match=r"csrc/|off by|at other|non-zeros|Mismatch|nan"):
+        run_mutant(route, name, ((file, old, new),))
