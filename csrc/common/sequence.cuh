@@ -202,7 +202,7 @@ struct KeyTiles {
   int count;  // of all tiles
 
   // `keys` are those of keys_of_rows(); what is empty becomes one that is.
-  __device__ __forceinline__ KeyTiles(Interval& keys, int sinks, int alignment) {
+  __device__ __forceinline__ KeyTiles(Interval& keys, int sinks, int alignment) {  // a power of two
     sinks = min(sinks, keys.end);
     sink_end = 0;
     if (sinks > 0) {
@@ -210,7 +210,7 @@ struct KeyTiles {
       if (keys.empty()) keys = {sinks, sinks};
       sink_end = rounded < keys.begin ? rounded : 0;
     }
-    resume = keys.begin / alignment * alignment;
+    resume = keys.begin & -alignment;
     first = sinks > 0 ? 0 : resume;
     count = sink_end / kK + max(0, ceil_div(keys.end - (sink_end > 0 ? resume : first), kK));
   }
@@ -224,8 +224,8 @@ __device__ __forceinline__ bool looks_at(const Interval& keys, int sinks, int j)
 
 // Whether some key of a tile from j on of a tensor of `length` is not.
 template <int kK>
-__device__ __forceinline__ bool looks_past(const Interval& keys, int sinks, int j, int length) {
-  return keys.end < min(j + kK, length) || (j < keys.begin && j + kK > sinks);
+__device__ __forceinline__ bool looks_past(const Interval& keys, int sinks, int alignment, int j, int length) {
+  return keys.end < min(j + kK, length) || ((sinks > 0 || alignment > 1) && j < keys.begin && j + kK > sinks);
 }
 
 }  // namespace jfa

@@ -88,8 +88,8 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     const Sequence sequence = sequence_of<Shape>(a.p, item);
     const int sinks = sequence.sink_keys();
     // Past the tensor TMA writes zeros.
-    const bool clean =
-        looks_past<Shape::kK>(keys, sinks, j, a.p.shape.k_len) || sequence.has_unseen_keys(j, j + Shape::kK);
+    const bool clean = looks_past<Shape::kK>(keys, sinks, key_alignment(a.p.scores), j, a.p.shape.k_len) ||
+                       sequence.has_unseen_keys(j, j + Shape::kK);
     const uint32_t arrived = clean ? landed : full;
     mbarrier_wait(shared_address(&smem.k_free[k_at.slot]), k_at.parity);
     if (elect_one()) {

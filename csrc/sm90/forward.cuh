@@ -69,7 +69,8 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     const Sequence sequence = sequence_of<Shape>(a.p, item);
     const int sinks = sequence.sink_keys();
     // Past the tensor TMA writes zeros.
-    if (!looks_past<Shape::kK>(keys, sinks, j, a.p.shape.k_len) && !sequence.has_unseen_keys(j, j + Shape::kK)) {
+    if (!looks_past<Shape::kK>(keys, sinks, key_alignment(a.p.scores), j, a.p.shape.k_len) &&
+        !sequence.has_unseen_keys(j, j + Shape::kK)) {
       load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, item.batch);
     } else {
       load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, item.batch);
