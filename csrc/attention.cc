@@ -51,6 +51,10 @@ Status choose(const Problem& p, F&& f) {
     return Status::Unimplemented("a sequence of " + std::to_string(std::max(p.shape.q_len, p.shape.k_len)) +
                                  " is longer than " + std::to_string(kMaxSequence));
   }
+  if (needs_table(p.visibility) && table_records(p.shape) > kUnbounded) {
+    return Status::Unimplemented("a table of " + std::to_string(table_records(p.shape)) +
+                                 " records of who sees whom is larger than " + std::to_string(kUnbounded));
+  }
   for (const int dim : {p.shape.head_dim, p.shape.value_dim}) {
     if (dim % 8 != 0) {
       return Status::Unimplemented("head dim " + std::to_string(dim) + " is not a multiple of 8; the nearest is " +
@@ -100,6 +104,7 @@ Status finish_plan(const Problem& p, const Family& family, const Device& device,
       family.why + (is_general(p)
                         ? "; bias, mask, soft cap, ALiBi, segments, dropout or a scale on the device: general scores"
                         : "; plain scores");
+  if (needs_table(p.visibility)) plan.schedule += "; before it who sees whom, as a table in scratch";
   if (plan.shared_memory_bytes > device.shared_memory_bytes) {
     return Status::Unimplemented(
         "head dim " + std::to_string(plan.head_dim) + " needs " + std::to_string(plan.shared_memory_bytes) +

@@ -99,10 +99,17 @@ class Reader {
     return numbers;
   }
 
+  // Never null: an empty array may have no address, and is present all the same.
+  const int* ints(const char* name, const ffi::AnyBuffer& x, const Dims& expected) {
+    static const int kNothing = 0;
+    const void* const at = data(name, x, ffi::S32, expected);
+    return at == nullptr ? &kNothing : static_cast<const int*>(at);
+  }
+
   // int32 [batch, length]
   const int* per_token(const char* name, const ffi::AnyBuffer& x, int batch, int64_t length) {
     if (absent(x)) return nullptr;
-    return static_cast<const int*>(data(name, x, ffi::S32, {batch, length}));
+    return ints(name, x, {batch, length});
   }
 
   int extent(const char* what, int64_t value) {
@@ -191,7 +198,7 @@ inline Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBu
     const Dims spans = Reader::dims(in.spans);
     const int64_t count = spans.size() == 3 ? spans[1] : 0;
     p.visibility.span_count = reader.extent("spans", count);
-    p.visibility.spans = static_cast<const int*>(reader.data("spans", in.spans, ffi::S32, {shape.batch, count, 2}));
+    p.visibility.spans = reader.ints("spans", in.spans, {shape.batch, count, 2});
   }
   if (!Reader::absent(in.cu_q)) {
     const Dims cu = Reader::dims(in.cu_q);

@@ -163,7 +163,7 @@ MUTANTS = {
         "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);\n#pragma", "#pragma",
         "dense-1000x1000"),
     "rows-not-cleaned": (
-        "backward.cuh", "if (part.contains(first + row)) continue;", "continue;", "poisoned"),
+        "backward.cuh", "return part.contains(first + row) && ", "return ", "poisoned"),
     "masked-gradients-not-hidden": (
         "../common/softmax.cuh", "ds = hidden ? 0.0f : x", "ds = x", "poisoned"),
 }  # fmt: skip

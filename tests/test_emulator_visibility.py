@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cases import CASES, PACKED, Case, packed
+from cases import CASES, INTEGERS, PACKED, Case, packed
 from emulator import kernels
 from emulator.emulator import why_unavailable
 from oracle import visible_keys
@@ -97,7 +97,8 @@ class Poisoned(Case):
             n = len(cu_q)
             sees = (belongs[0][:, None] == belongs[1]) & (belongs[1] > 0) & (belongs[1] < n)
         else:
-            sees = visible_keys(1, self.q_len, self.k_len, **self.options)[0]
+            options = {n: np.asarray(x) if n in INTEGERS else x for n, x in self.options.items()}
+            sees = visible_keys(1, self.q_len, self.k_len, **options)[0]
         return ~sees.any(axis=1), ~sees.any(axis=0)
 
     def arrays(self, dtype):

@@ -18,10 +18,12 @@ struct Interval {
 };
 
 // One side, rows or keys, of one batch entry in the table. Records are
-//   of a token      begin, end of what it sees (0, 0: nothing), offset, whether it sees all between. Of a row that
-//                   sees nothing but sinks both are where those end at the latest
+//   of a token      begin, end of what it sees (0, 0: nothing), offset (row i sits at key position i + offset), flags.
+//                   Of a row that sees nothing but sinks, begin and end are where those end at the latest
 //   of kTableBlock  begin, end of what all of them see; empty as well where some lie past the length or see not all
 //   of kTableTile   begin, end of what contains all that any of them sees; whether a token of the tensor sees nothing
+constexpr int kSeesAll = 1, kBelongs = 2;  // flags: sees all between; is no padding, whether or not it sees anything
+
 class TableSide {
  public:
   __device__ __forceinline__ TableSide(const Problem& p, int b, bool of_rows) : table_(p.visibility.table) {
@@ -104,10 +106,10 @@ struct Sequence {
 
   // Whether row i sees all of keys(i), or those of its own segment; the same of key j and rows(j).
   __device__ __forceinline__ bool sees_all_keys(int i) const {
-    return !has_segments() || i >= q_len || load_global(table_rows().token(i) + 3) != 0;
+    return !has_segments() || i >= q_len || (load_global(table_rows().token(i) + 3) & kSeesAll) != 0;
   }
   __device__ __forceinline__ bool seen_by_all_rows(int j) const {
-    return !has_segments() || j >= k_len || load_global(table_keys().token(j) + 3) != 0;
+    return !has_segments() || j >= k_len || (load_global(table_keys().token(j) + 3) & kSeesAll) != 0;
   }
   __device__ __forceinline__ const int* row_segments() const {
     return p.visibility.q_segments + int64_t(b) * p.shape.q_len;

@@ -27,8 +27,9 @@ struct VisibilitySmem {
 // What one token sees of the other side.
 struct Sight {
   Interval of{0, 0};
-  int offset = 0;     // row i lies at position i + offset among the keys
-  bool exact = true;  // all of the interval, and not only what is of the same segment
+  int offset = 0;        // row i lies at position i + offset among the keys
+  bool exact = true;     // all of the interval, and not only what is of the same segment
+  bool belongs = false;  // to a sequence, and does not lie past its length
 };
 
 // Which packed sequence a token belongs to; -1: to none. `begins` is [sequences + 1].
@@ -64,6 +65,7 @@ __device__ __forceinline__ Sight sight_of(const Sequence& sequence, int x, bool 
     within = {begin_of(others, n), min(begin_of(others, n + 1), within.end)};
     sight.offset = begin_of(v.cu_k, n + v.bottom_right) - begin_of(v.cu_q, n + v.bottom_right);
   }
+  sight.belongs = true;
   const int to_other = is_row ? sight.offset : -sight.offset;
   const int left = min(v.window_left, kMaxSequence), right = min(v.window_right, kMaxSequence);
   Interval of{x + to_other - (is_row ? left : right), x + to_other + (is_row ? right : left) + 1};
@@ -166,7 +168,8 @@ __global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const _
   const bool in_table = x < ceil_div(extent, kTableTile) * kTableTile;
   const Interval of = sight.of;
   if (in_table) {
-    store_global(reinterpret_cast<int4*>(side.token(x)), int4{of.begin, of.end, sight.offset, sight.exact});
+    store_global(reinterpret_cast<int4*>(side.token(x)),
+                 int4{of.begin, of.end, sight.offset, sight.exact * kSeesAll + sight.belongs * kBelongs});
   }
 
   Interval all = sight.exact ? of : Interval{0, 0};
