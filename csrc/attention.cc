@@ -26,7 +26,6 @@ int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape
 
 // What only the reference has so far.
 std::string unbuilt(const Problem& p) {
-  if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
   if (p.visibility.sink_tokens > 0) return "num_sink_tokens";
   if (p.visibility.q_segments != nullptr) return "query_segment_ids";
   if (p.visibility.spans != nullptr) return "prefix_lengths and bidirectional_spans";

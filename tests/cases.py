@@ -280,7 +280,6 @@ CASES = {case.name: case for group in GROUPS for case in group()} | {EVERYTHING.
 
 # What only the reference has so far; attention.cc refuses it.
 UNBUILT = (
-    "dropout_rate",
     "num_sink_tokens",
     "query_segment_ids",
     "prefix_lengths",

@@ -33,6 +33,10 @@ CASES_OF_GRADIENTS = (
     "alibi-lengths",
     "sinks-lengths",
     "sinks-everything",
+    "dropout",
+    "dropout-high-65x200",
+    "dropout-window-cap",
+    "dropout-causal-alibi",
 )
 
 

@@ -47,6 +47,10 @@ SOME = (
     "alibi-lengths",
     "sinks-of-rows-without-keys",
     "sinks-everything",
+    "dropout",
+    "dropout-high-65x200",
+    "dropout-window-cap",
+    "dropout-causal-alibi",
     "everything",
 )
 IN_CLUSTERS = (

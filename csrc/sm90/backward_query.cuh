@@ -7,6 +7,7 @@
 // the old dQ is stored under the new item's first scores.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/forward_store.cuh"
@@ -85,7 +86,9 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
   const auto load_keys = [&](int j, const Interval& keys, int head, int batch) {
     const uint32_t full = shared_address(&smem.k_full[k_at.slot]);
     Keys& k = smem.k[k_at.slot];
-    const bool clean = keys.end < min(j + Shape::kK, a.p.shape.k_len);  // past the tensor TMA writes zeros
+    const Interval seen{max(keys.begin - j, 0), keys.end - j};
+    const bool clean =  // past the tensor TMA writes zeros
+        seen.begin > 0 || keys.end < min(j + Shape::kK, a.p.shape.k_len);
     const uint32_t arrived = clean ? landed : full;
     mbarrier_wait(shared_address(&smem.k_free[k_at.slot]), k_at.parity);
     if (elect_one()) {
@@ -96,7 +99,8 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
       mbarrier_wait(landed, landed_parity);
       landed_parity ^= 1;
 #pragma unroll 1
-      for (int row = keys.end - j; row < Shape::kK; ++row) {
+      for (int row = seen.begin > 0 ? 0 : seen.end; row < Shape::kK; ++row) {
+        if (seen.contains(row)) continue;
         for (int chunk = lane_index(); chunk < Keys::kChunks * 8; chunk += kWarpThreads) {
           store_shared_128(shared_address(k.bytes) + Keys::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
         }
@@ -282,6 +286,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     store_query_gradient<Element>(a, item, ScoreRule<kGeneral>(a.p.scores, item.batch, item.head).scale, dq);
   };
   const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
+  const bool drops = kGeneral && has_dropout(a.p.scores);
 
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -290,6 +295,9 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   while (more) {
     Fragment<2, kScoreCols> s, dp;
     CapSlopes<2, kScoreCols> slopes;  // of general scores
+    // What a branch changes has to begin as something, or the compiler lets it begin as the last one ended, and copies
+    // that between the products.
+    if constexpr (kGeneral) dp.clear();
     const int last_k_slot = k_slot;
     k_slot = k_at.slot;
     mbarrier_wait(k_full + 8 * k_slot, k_at.parity);
@@ -312,15 +320,22 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     if (first && taken > 1) store(taken - 2);
 
     wgmma_wait<1>();
+    if constexpr (kGeneral) s.settle_all();  // or the compiler looks at the scores before they have been waited for
     const bool masked = ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK);
     if (masked) {
       apply_rule(s, slopes);
       probabilities_of_rows<true>(s, factor, lse);
+      if (drops) {
+        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+        const int row = item.first_row + (warp_index() - 4) * 16;
+        DropoutBits(a.p, item.batch, item.head).template mark<false>(s, Position<>(row, j));
+      }
     } else {
       probabilities_of_rows<false>(s, factor, lse);
     }
 
     wgmma_wait<0>();
+    if constexpr (kGeneral) dp.settle_all();  // as the scores above
     release(v_free + 8 * v_at.slot);
     v_at.advance();
     accumulate = !first;
@@ -331,10 +346,11 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       rows_at.advance();
     }
     if (masked) {
-      gradients_of_rows<true>(s, dp, delta);
+      if (drops) drop_gradients(dp, s, kept_factor(a.p.scores));
+      gradients_of_rows<true, kGeneral>(s, dp, delta);
       if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
     } else {
-      gradients_of_rows<false>(s, dp, delta);
+      gradients_of_rows<false, false>(s, dp, delta);
     }
     to_operand<Element>(ds, dp);
     if (first) more = take_item();

@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 
   // Rows from `row` on, with their statistics. Rows that see no key of the item become zeros: what lies there belongs
   // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros. In a cluster each block cleans its own copy.
-  const auto load_rows = [&](int row, int head, int batch, int end_row) {
+  const auto load_rows = [&](int row, int head, int batch, int first_row, int end_row) {
     constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
     const float* source =
         (kOfQueries ? a.p.lse : a.g.delta) + (int64_t(batch) * shape.heads + head) * shape.q_len + row;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 #pragma unroll
     for (int n = 0; n < kRowsPerLane; ++n) {
       const int x = lane_index() + n * kWarpThreads;
-      const bool inside = row + x < end_row;
+      const bool inside = row + x >= first_row && row + x < end_row;
       statistics[n] = inside ? load_global(source + x) : kOfQueries ? minus_infinity() : 0.0f;
     }
     mbarrier_wait(stream.free + 8 * at.slot, at.parity);
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       store_shared_f32(stream.statistics + (at.slot * Shape::kQ + lane_index() + n * kWarpThreads) * 4,
                        kOfQueries ? lse_in_log2_units(statistics[n]) : statistics[n]);
     }
-    const bool whole = end_row >= min(row + Shape::kQ, shape.q_len);
+    const bool whole = first_row <= row && end_row >= min(row + Shape::kQ, shape.q_len);
     const uint32_t full = stream.full + 8 * at.slot, landed = stream.landed + 8 * at.slot;
     arrive_for_lane(full);  // the statistics
     const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
@@ -67,7 +67,8 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
       mbarrier_wait(landed, landed_parities >> at.slot & 1);
       landed_parities ^= 1 << at.slot;
 #pragma unroll 1
-      for (int x = end_row - row; x < Shape::kQ; ++x) {
+      for (int x = first_row > row ? 0 : end_row - row; x < Shape::kQ; ++x) {
+        if (row + x >= first_row && row + x < end_row) continue;
 #pragma unroll 1
         for (int chunk = lane_index(); chunk < Streamed::kChunks * 8; chunk += kWarpThreads) {
           store_shared_128(to + Streamed::offset_bytes(x, chunk), uint4{0, 0, 0, 0});
@@ -123,10 +124,10 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     bool first = true;
 #pragma unroll 1
     for (int head = item.head * group; head < (item.head + 1) * group; ++head) {
-      int row = item.first_row;
+      int row = first_tile_row(a, item);
 #pragma unroll 1
       do {
-        load_rows(row, head, item.batch, item.end_row);
+        load_rows(row, head, item.batch, item.first_row, item.end_row);
         if (first) load_resident(item.first_key, item.head, item.batch);
         first = false;
         row += Shape::kQ;

@@ -7,6 +7,7 @@
 // product of the old and the first of the new run one after the other, and the old one's epilogue under them.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/forward_store.cuh"
@@ -65,14 +66,16 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   const auto load_values = [&](int j, const Interval& keys, int head, int batch) {
     mbarrier_wait(free + 8 * at.slot, at.parity);
     const uint32_t to = ring + at.slot * Shape::kSlotBytes;
-    if (keys.end >= min(j + Shape::kK, a.p.shape.k_len)) {  // past the tensor TMA writes zeros
+    const Interval seen{max(keys.begin - j, 0), keys.end - j};
+    if (seen.begin == 0 && keys.end >= min(j + Shape::kK, a.p.shape.k_len)) {  // past the tensor TMA writes zeros
       load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, batch);
     } else {
       load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, batch);
       mbarrier_wait(landed + 8 * at.slot, landed_parities >> at.slot & 1);
       landed_parities ^= 1u << at.slot;
 #pragma unroll 1
-      for (int row = keys.end - j; row < Shape::kK; ++row) {
+      for (int row = seen.begin > 0 ? 0 : seen.end; row < Shape::kK; ++row) {
+        if (seen.contains(row)) continue;
         for (int chunk = lane_index(); chunk < ValueTile::kChunks * 8; chunk += kWarpThreads) {
           store_shared_128(to + ValueTile::offset_bytes(row, chunk), uint4{0, 0, 0, 0});
         }
@@ -211,6 +214,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   ScoreWords<kScoreCols> ahead;  // of general scores
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
+  const float kept = kGeneral ? kept_factor(a.p.scores) : 1.0f;
 
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
@@ -292,7 +296,15 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }
-    return softmax.update(s, correction);
+    const bool moved = softmax.update(s, correction);
+    if constexpr (kGeneral) {
+      if (has_dropout(a.p.scores)) {
+        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+        const int row = item.first_row + (warp_index() - 4) * 16;
+        DropoutBits(a.p, item.batch, item.head).drop(s, Position<>(row, j));
+      }
+    }
+    return moved;
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -347,7 +359,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       pass_turn();
       wgmma_wait<0>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
+      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o, kept);
     } else {
       Fragment<2, kScoreCols> s;
       float correction[2];
@@ -359,7 +371,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       load_ahead();
       wgmma_wait<1>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
+      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o, kept);
       wgmma_wait<0>();
       release(k_slot);
       release_query();

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/dropout.cuh"
 #include "common/sequence.cuh"
 #include "dispatch.h"
 #include "sm90/pipeline.cuh"
@@ -72,9 +73,9 @@ __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int numb
   item.k_len = sequence.k_len;
   keys = sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ);
   const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
+  item.first_key = keys.empty() ? outside : first_of_block(a.p.scores, keys.begin);
   if (keys.empty()) keys = {outside, outside};
-  item.first_key = keys.begin;
-  item.key_tiles = max(1, ceil_div(keys.end - keys.begin, Shape::kK));
+  item.key_tiles = max(1, ceil_div(keys.end - item.first_key, Shape::kK));
   return item;
 }
 
