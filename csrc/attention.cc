@@ -33,17 +33,9 @@ int64_t cleared_floats(const Problem& p, const Gradients& g) {
 }
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 
-// What only the reference has so far.
-std::string unbuilt(const Problem& p) {
-  if (p.scores.dropout.seeds != nullptr) return "dropout_rate";
-  return "";
-}
-
 // Checks what every family relies on, and calls f with the compiled head dim.
 template <class F>
 Status choose(const Problem& p, F&& f) {
-  if (const std::string name = unbuilt(p); !name.empty())
-    return Status::Unimplemented("no kernel has " + name + " yet");
   if (p.visibility.sink_tokens > 0 && (p.visibility.q_segments != nullptr || p.visibility.cu_q != nullptr)) {
     return Status::Unimplemented("sink tokens are the first of the whole sequence; not of segments or packed ones");
   }

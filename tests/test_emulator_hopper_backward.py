@@ -50,6 +50,10 @@ CASES_OF_GRADIENTS = (
     "sink-tokens-70-of-5",
     "sink-tokens-lengths",
     "spans-sink-tokens",
+    "dropout",
+    "dropout-high-65x200",
+    "dropout-window-cap",
+    "dropout-causal-alibi",
 )
 
 

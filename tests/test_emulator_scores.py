@@ -1,4 +1,4 @@
-"""What is done to scores, in all kernels on the emulator: soft cap, ALiBi, sinks."""
+"""What is done to scores, in all kernels on the emulator: soft cap, ALiBi, sinks, dropout."""
 
 import dataclasses
 
@@ -69,8 +69,58 @@ def test_a_wide_cap_is_none(route):
     check(case, "float16", **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Unseen(Case):
+    """NaN in the keys and in the rows that a window at the end leaves to nobody."""
+
+    poison: float = np.nan
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        rows, keys = self._unseen()
+        arrays["query"][:, :rows] += self.poison
+        for name in ("key", "value"):
+            arrays[name][:, :keys] += self.poison
+        return arrays
+
+    def cotangents(self, dtype):
+        d_out, d_lse = super().cotangents(dtype)
+        d_out[:, : self._unseen()[0]] += self.poison
+        return d_out, d_lse
+
+    def _unseen(self):
+        left, _ = self.options["local_window_size"]
+        return max(self.q_len - self.k_len, 0), max(self.k_len - self.q_len - left, 0)
+
+
+# Not the portable backward that owns keys: with or without dropout it reads a tile's keys that
+# nobody sees, in front of those that are seen.
+@pytest.mark.parametrize("route", [r for r in ROUTES if r != "sm80"])
+@pytest.mark.parametrize("extents", [(20, 150), (150, 20)], ids=["keys", "rows"])
+def test_what_dropout_begins_with_does_not_leak(route, extents):
+    """Its tiles begin at multiples of 16, before the first key or row that is seen."""
+    options = {"dropout_rate": 0.2, "local_window_size": (5, 0), "causal_alignment": "bottom_right"}
+    case, options = on_route(Unseen("unseen", *extents, options=options), route)
+    actual, desired = (
+        kernels.run(dataclasses.replace(case, poison=poison), "bfloat16", **options)
+        for poison in (np.nan, 0.0)
+    )
+    for name in ("out", "query", "key", "value"):
+        assert desired[name].any(), name
+        np.testing.assert_array_equal(actual[name], desired[name], err_msg=name)
+
+
+@every_route
+def test_a_rate_that_drops_nothing(route):
+    case = CASES["causal-top_left-127x127"]
+    small = case.options | {"dropout_rate": 2.0**-18}
+    case, options = on_route(dataclasses.replace(case, options=small), route)
+    check(case, "bfloat16", **options)
+
+
 # File, what to replace, by what, the case that must notice, and the route.
 SCORES, SOFTMAX, SEQUENCE = "common/scores.cuh", "common/softmax.cuh", "common/sequence.cuh"
+DROPOUT, CLEAR = "common/dropout.cuh", "clear_marked(s);"
 DERIVATIVE = "slopes.multiply_into({});"
 MUTANTS = {
     "derivative-sm80": (
@@ -93,6 +143,41 @@ MUTANTS = {
     "cap-without-scale": (
         SCORES, "scale * reciprocal_approximate(scores.soft_cap)",
         "reciprocal_approximate(scores.soft_cap)", "cap", "sm80"),
+    "kept-sm80": (
+        "sm80/forward.cuh", "(kGeneral ? kept_factor(p.scores) : 1.0f)", "1.0f", "dropout", "sm80"),
+    "kept-sm90": (
+        "sm90/forward_store.cuh", "lse[r]) * factor", "lse[r])", "dropout", "sm90"),
+    "kept-values-sm80": (
+        "sm80/backward.cuh", "dv.scale_row(r, kept_factor(p.scores))", ";", "dropout", "sm80"),
+    "kept-values-sm90": (
+        "sm90/backward.cuh", "{kept, kept}", "{1.0f, 1.0f}", "dropout", "sm90"),
+    "kept-values-wide": (
+        "sm90/backward_wide.cuh", "out, kept, a.g.dv", "out, 1.0f, a.g.dv", "dropout", "sm90-wide"),
+    "kept-gradients": (DROPOUT, "dp.v[r][c] * kept;", "dp.v[r][c];", "dropout", "sm80"),
+    "gradients-not-dropped": (
+        DROPOUT, "p.v[r][c] < 0.0f ? 0.0f : dp", "dp", "dropout", "sm80-deterministic"),
+    "probabilities-not-dropped-sm80": ("sm80/backward.cuh", CLEAR, ";", "dropout", "sm80"),
+    "probabilities-not-dropped-sm90": (
+        "sm90/backward.cuh", f"if (drops) {CLEAR}", ";", "dropout", "sm90"),
+    "probabilities-not-dropped-wide": (
+        "sm90/backward_wide.cuh", f"if (drops) {CLEAR}", ";", "dropout", "sm90-wide"),
+    "bits-of-another-row": (
+        DROPOUT, "counter(at.first_row)", "counter(at.first_row + 16)", "dropout", "sm80"),
+    "bits-of-another-key": (
+        DROPOUT, "col + n / 2 * 8 + n % 2", "col + n / 2 * 8", "dropout", "sm80"),
+    "bits-not-transposed": (
+        DROPOUT, "kTransposed ? philox(col_counter, row_counter) : philox", "philox",
+        "dropout", "sm90"),
+    "bits-of-the-other-half": (
+        DROPOUT, "kTransposed ? p.v[r + 1][c] : p.v[r][c + 2]", "p.v[r][c + 2]",
+        "dropout", "sm90"),
+    "bits-of-another-head": (
+        DROPOUT, "p.shape.heads + h) * 2", "p.shape.heads) * 2", "dropout", "sm80"),
+    "a-round-less": (DROPOUT, "round < 7", "round < 6", "dropout", "sm80"),
+    "tiles-that-begin-anywhere-sm80": (
+        DROPOUT, "x / 16 * 16 : x", "x : x", "dropout-window-cap", "sm80"),
+    "tiles-that-begin-anywhere-sm90": (
+        DROPOUT, "x / 16 * 16 : x", "x : x", "dropout-window-cap", "sm90-wide"),
     "alibi-without-offset": (
         SEQUENCE, "return j - i - offset;", "return j - i;", "alibi-causal-bottom-right", "sm80"),
     "alibi-of-one-side": (
@@ -104,7 +189,8 @@ MUTANTS = {
         SCORES, "slopes.data + b * slopes.batch_stride", "slopes.data",
         "alibi-causal-bottom-right", "sm80"),
     "sink-not-in-the-output": (
-        SOFTMAX, "sum = fmaf(sum, of_keys, ", "const float total = fmaf(sum, of_keys, ", "sinks-of-rows-without-keys", "sm80"),
+        SOFTMAX, "sum = fmaf(sum, of_keys, ", "const float total = fmaf(sum, of_keys, ",
+        "sinks-of-rows-without-keys", "sm80"),
     "sink-without-rescale": (
         SOFTMAX, "0.0f : of_keys * rec", "0.0f : rec", "sinks-of-rows-without-keys", "sm90"),
     "sink-of-another-head": (SOFTMAX, "batch_stride + h)", "batch_stride)", "sinks", "sm80"),
@@ -118,6 +204,6 @@ MUTANTS = {
 def test_mutant_is_caught(mutant):
     file, old, new, name, route = MUTANTS[mutant]
     case, options = on_route(CASES[name], route)
-    backward = options["family"] == "sm80" or "backward" in file or "transposed" in mutant
+    backward = route != "sm90" or "backward" in file or "transposed" in mutant or file == DROPOUT
     with pytest.raises(AssertionError, match=r"off by|inf at other|NaN at other|non-zeros"):
         check(case, "bfloat16", gradients=backward, edits=((file, old, new),), **options)

@@ -1,8 +1,8 @@
 // A bias or a mask, from memory to the scores of a fragment.
 //
-// A thread reads in rounds of kCols words, and uses up one round before the next: two rows of elements of at most two
-// bytes, which lie side by side in pairs, or one row of anything else. A family may load the first round ahead, while
-// the products run that make the scores.
+// A thread reads in rounds of kWords words, and uses up one round before the next: kWords columns, from `first` on, of
+// two rows of elements of at most two bytes, which lie side by side in pairs, or of one row of anything else. A family
+// may load the first round ahead, while the products run that make the scores.
 #pragma once
 
 #include "common/fragment.cuh"
@@ -11,9 +11,10 @@
 
 namespace jfa {
 
-template <int kCols>
+template <int kWords>
 struct ScoreWords {
-  uint32_t v[kCols];
+  static constexpr int kCount = kWords;
+  uint32_t v[kWords];
 };
 
 // What belongs to one batch entry and head. Transposed: the fragment's rows are keys, its columns queries.
@@ -38,47 +39,47 @@ struct ScoreReader {
   __device__ __forceinline__ bool two_rows() const { return in_pairs && type != ElementType::kFloat; }
 
   // Loads the round that begins with row r, where the rows see anything of it: `whole` where they see all.
-  template <int kCols>
-  __device__ __forceinline__ void load(ScoreWords<kCols>& words, int r, const Position<>& at, const Sequence& sequence,
-                                       bool whole) const {
+  template <int kWords>
+  __device__ __forceinline__ void load(ScoreWords<kWords>& words, int r, int first, const Position<>& at,
+                                       const Sequence& sequence, bool whole) const {
     if (two_rows()) {
       if (type == ElementType::kBool) {
-        load_pairs<uint16_t, false>(words, r, at, sequence);
+        load_pairs<uint16_t, false>(words, r, first, at, sequence);
       } else if (whole) {
-        load_pairs<uint32_t, true>(words, r, at, sequence);
+        load_pairs<uint32_t, true>(words, r, first, at, sequence);
       } else {
-        load_pairs<uint32_t, false>(words, r, at, sequence);
+        load_pairs<uint32_t, false>(words, r, first, at, sequence);
       }
     } else if (type == ElementType::kFloat) {
-      load_row<uint32_t>(words, r, at, sequence);
+      load_row<uint32_t>(words, r, first, at, sequence);
     } else if (type == ElementType::kBool) {
-      load_row<uint8_t>(words, r, at, sequence);
+      load_row<uint8_t>(words, r, first, at, sequence);
     } else {
-      load_row<uint16_t>(words, r, at, sequence);
+      load_row<uint16_t>(words, r, first, at, sequence);
     }
   }
 
   // Calls combine(score, element) for the scores of a round, with 1 or 0 for what is bool.
-  template <int kRows, int kCols, class Combine>
-  __device__ __forceinline__ void use(Fragment<kRows, kCols>& s, const ScoreWords<kCols>& words, int r,
+  template <int kRows, int kCols, int kWords, class Combine>
+  __device__ __forceinline__ void use(Fragment<kRows, kCols>& s, const ScoreWords<kWords>& words, int r, int first,
                                       const Combine& combine) const {
     if (two_rows()) {
       if (type == ElementType::kBool) {
-        use_pairs(s, words, r, combine,
+        use_pairs(s, words, r, first, combine,
                   [](uint32_t pair) { return float2{(pair & 0xff) != 0 ? 1.0f : 0.0f, pair >> 8 != 0 ? 1.0f : 0.0f}; });
       } else if (type == ElementType::kHalf) {
-        use_pairs(s, words, r, combine, [](uint32_t pair) { return unpack<__half>(pair); });
+        use_pairs(s, words, r, first, combine, [](uint32_t pair) { return unpack<__half>(pair); });
       } else {
-        use_pairs(s, words, r, combine, [](uint32_t pair) { return unpack<__nv_bfloat16>(pair); });
+        use_pairs(s, words, r, first, combine, [](uint32_t pair) { return unpack<__nv_bfloat16>(pair); });
       }
     } else if (type == ElementType::kFloat) {
-      use_row(s, words, r, combine, [](uint32_t word) { return float_of(word); });
+      use_row(s, words, r, first, combine, [](uint32_t word) { return float_of(word); });
     } else if (type == ElementType::kBool) {
-      use_row(s, words, r, combine, [](uint32_t word) { return word != 0 ? 1.0f : 0.0f; });
+      use_row(s, words, r, first, combine, [](uint32_t word) { return word != 0 ? 1.0f : 0.0f; });
     } else if (type == ElementType::kHalf) {
-      use_row(s, words, r, combine, [](uint32_t word) { return unpack<__half>(word).x; });
+      use_row(s, words, r, first, combine, [](uint32_t word) { return unpack<__half>(word).x; });
     } else {
-      use_row(s, words, r, combine, [](uint32_t word) { return unpack<__nv_bfloat16>(word).x; });
+      use_row(s, words, r, first, combine, [](uint32_t word) { return unpack<__nv_bfloat16>(word).x; });
     }
   }
 
@@ -89,52 +90,54 @@ struct ScoreReader {
     if (!kTransposed && sequence.sink_keys() > 0) visible.begin = 0;
     return {visible.begin - at.first_col, visible.end - at.first_col};
   }
-  template <class Pair, bool kWhole, int kCols>
-  __device__ __forceinline__ void load_pairs(ScoreWords<kCols>& words, int first, const Position<>& at,
+  template <class Pair, bool kWhole, int kWords>
+  __device__ __forceinline__ void load_pairs(ScoreWords<kWords>& words, int first_r, int first, const Position<>& at,
                                              const Sequence& sequence) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int i = opaque(at.row(first + r));
+      const int i = opaque(at.row(first_r + r));
       const Interval cols = columns(i, at, sequence);
       const Pair* row = reinterpret_cast<const Pair*>(data + (i * row_stride + at.first_col) * (sizeof(Pair) / 2));
 #pragma unroll
-      for (int n = 0; n < kCols / 2; ++n) {
-        const int col = Position<>::col_offset(2 * n);
-        words.v[r * (kCols / 2) + n] =
+      for (int n = 0; n < kWords / 2; ++n) {
+        const int col = Position<>::col_offset(first + 2 * n);
+        words.v[r * (kWords / 2) + n] =
             kWhole || (col < cols.end && col + 1 >= cols.begin) ? load_global(row + col / 2) : 0;
       }
     }
   }
-  template <class Word, int kCols>
-  __device__ __forceinline__ void load_row(ScoreWords<kCols>& words, int r, const Position<>& at,
+  template <class Word, int kWords>
+  __device__ __forceinline__ void load_row(ScoreWords<kWords>& words, int r, int first, const Position<>& at,
                                            const Sequence& sequence) const {
     const int i = opaque(at.row(r));
     const Interval cols = columns(i, at, sequence);
     const Word* row = reinterpret_cast<const Word*>(data) + i * row_stride + at.first_col * col_stride;
 #pragma unroll
-    for (int c = 0; c < kCols; ++c) {
-      const int col = Position<>::col_offset(c);
+    for (int c = 0; c < kWords; ++c) {
+      const int col = Position<>::col_offset(first + c);
       words.v[c] = cols.contains(col) ? load_global(row + col * col_stride) : 0;
     }
   }
-  template <int kRows, int kCols, class Combine, class Unpack>
-  __device__ __forceinline__ static void use_pairs(Fragment<kRows, kCols>& s, const ScoreWords<kCols>& words, int first,
-                                                   const Combine& combine, const Unpack& unpack) {
+  template <int kRows, int kCols, int kWords, class Combine, class Unpack>
+  __device__ __forceinline__ static void use_pairs(Fragment<kRows, kCols>& s, const ScoreWords<kWords>& words,
+                                                   int first_r, int first, const Combine& combine,
+                                                   const Unpack& unpack) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int n = 0; n < kCols / 2; ++n) {
-        const float2 pair = unpack(words.v[r * (kCols / 2) + n]);
-        s.v[first + r][2 * n] = combine(s.v[first + r][2 * n], pair.x);
-        s.v[first + r][2 * n + 1] = combine(s.v[first + r][2 * n + 1], pair.y);
+      for (int n = 0; n < kWords / 2; ++n) {
+        const float2 pair = unpack(words.v[r * (kWords / 2) + n]);
+        float (&row)[kCols] = s.v[first_r + r];
+        row[first + 2 * n] = combine(row[first + 2 * n], pair.x);
+        row[first + 2 * n + 1] = combine(row[first + 2 * n + 1], pair.y);
       }
     }
   }
-  template <int kRows, int kCols, class Combine, class Unpack>
-  __device__ __forceinline__ static void use_row(Fragment<kRows, kCols>& s, const ScoreWords<kCols>& words, int r,
-                                                 const Combine& combine, const Unpack& unpack) {
+  template <int kRows, int kCols, int kWords, class Combine, class Unpack>
+  __device__ __forceinline__ static void use_row(Fragment<kRows, kCols>& s, const ScoreWords<kWords>& words, int r,
+                                                 int first, const Combine& combine, const Unpack& unpack) {
 #pragma unroll
-    for (int c = 0; c < kCols; ++c) s.v[r][c] = combine(s.v[r][c], unpack(words.v[c]));
+    for (int c = 0; c < kWords; ++c) s.v[r][first + c] = combine(s.v[r][first + c], unpack(words.v[c]));
   }
 };
 

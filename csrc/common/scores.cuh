@@ -78,7 +78,7 @@ struct ScoreRule {
   __device__ __forceinline__ void load_ahead(ScoreWords<kCols>& words, const Position<>& at, const Sequence& sequence,
                                              bool whole) const {
     const ScoreTensor& first = scores.bias.data != nullptr ? scores.bias : scores.mask;
-    if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, at, sequence, whole);
+    if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, 0, at, sequence, whole);
   }
 
   // Products to scores, in place. Call it where needs_mask() holds. Slopes are CapSlopes or NoSlopes. kReads: there may
@@ -113,7 +113,8 @@ struct ScoreRule {
   template <bool kReads, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
                                                    const Sequence& sequence, Slopes& slopes) const {
-    ScoreWords<kCols> words;
+    // In short rounds: nothing is loaded ahead, and the words would need registers beside the products under way.
+    ScoreWords<kCols % 8 == 0 ? 8 : 4> words;
     compute_scores<true, kReads>(s, at, sequence, false, words, slopes);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -172,9 +173,9 @@ struct ScoreRule {
   }
 
   // All but visibility. The first round of `words` has been loaded, except of what is transposed.
-  template <bool kTransposed, bool kReads, int kRows, int kCols, class Slopes>
+  template <bool kTransposed, bool kReads, int kRows, int kCols, int kWords, class Slopes>
   __device__ __forceinline__ void compute_scores(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                 const Sequence& sequence, bool whole, ScoreWords<kCols>& words,
+                                                 const Sequence& sequence, bool whole, ScoreWords<kWords>& words,
                                                  Slopes& slopes) const {
     if constexpr (kGeneral) {
       scale_and_cap(s, slopes);
@@ -184,8 +185,11 @@ struct ScoreRule {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           if (r % 2 != 0 && reader.two_rows()) continue;
-          if (r > 0 || !loaded) reader.load(words, r, at, sequence, whole);
-          reader.use(s, words, r, with);
+#pragma unroll
+          for (int first = 0; first < kCols; first += kWords) {
+            if (r > 0 || first > 0 || !loaded) reader.load(words, r, first, at, sequence, whole);
+            reader.use(s, words, r, first, with);
+          }
         }
       };
       combine(scores.bias, !kTransposed, [](float score, float element) { return fmaf(kLog2e, element, score); });

@@ -226,7 +226,7 @@ __device__ __forceinline__ void softmax_gradient(Fragment<kRows, kCols>& s, Frag
 }
 
 // The same in two steps, for those who have the scores before dp. Between the steps a masked score is kept as -0, which
-// no exponential gives.
+// no exponential gives, and what dropout has marked is negative.
 template <bool kMasked, int kRows, int kCols>
 __device__ __forceinline__ void probabilities_of_rows(Fragment<kRows, kCols>& s, float factor_log2,
                                                       const float (&lse_log2)[kRows]) {
@@ -240,15 +240,16 @@ __device__ __forceinline__ void probabilities_of_rows(Fragment<kRows, kCols>& s,
     }
   }
 }
-template <bool kMasked, int kRows, int kCols>
+template <bool kMasked, bool kMarked, int kRows, int kCols>
 __device__ __forceinline__ void gradients_of_rows(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
                                                   const float (&delta)[kRows]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) {
-      const bool hidden = kMasked && bits_of(p.v[r][c]) == bits_of(-0.0f);
-      dp.v[r][c] = hidden ? 0.0f : p.v[r][c] * (dp.v[r][c] - delta[r]);
+      const float x = p.v[r][c];
+      const bool hidden = kMasked && bits_of(x) == bits_of(-0.0f);
+      dp.v[r][c] = hidden ? 0.0f : (kMarked ? fabsf(x) : x) * (dp.v[r][c] - delta[r]);
     }
   }
 }
@@ -269,7 +270,7 @@ __device__ __forceinline__ void probabilities_of_columns(Fragment<kRows, kCols>&
     }
   }
 }
-template <bool kMasked, int kRows, int kCols>
+template <bool kMasked, bool kMarked, int kRows, int kCols>
 __device__ __forceinline__ void gradients_of_columns(const Fragment<kRows, kCols>& p, Fragment<kRows, kCols>& dp,
                                                      uint32_t delta) {
 #pragma unroll
@@ -280,7 +281,7 @@ __device__ __forceinline__ void gradients_of_columns(const Fragment<kRows, kCols
       const float x = p.v[n / 2][c + n % 2];
       float& ds = dp.v[n / 2][c + n % 2];
       const bool hidden = kMasked && bits_of(x) == bits_of(-0.0f);
-      ds = hidden ? 0.0f : x * (ds - (n % 2 == 0 ? d.x : d.y));
+      ds = hidden ? 0.0f : (kMarked ? fabsf(x) : x) * (ds - (n % 2 == 0 ? d.x : d.y));
     }
   }
 }

@@ -7,6 +7,7 @@
 // it scales, rounds and puts rows in order. In deterministic mode backward_query() computes dQ instead.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
@@ -55,7 +56,7 @@ template <class Element, int kHeadDim, bool kGeneral>
 __device__ __forceinline__ void store_key_gradients(const Problem& p, const Gradients& g,
                                                     const BackwardSmem<kHeadDim>& smem,
                                                     typename BackwardLayout<kHeadDim>::KeyFragment& dk,
-                                                    const typename BackwardLayout<kHeadDim>::KeyFragment& dv) {
+                                                    typename BackwardLayout<kHeadDim>::KeyFragment& dv) {
   using Shape = BackwardTile<kHeadDim>;
   using Layout = BackwardLayout<kHeadDim>;
   const WorkItem item(opaque(block_index()), ceil_div(p.shape.k_len, Shape::kK), p.shape.kv_heads,
@@ -63,7 +64,10 @@ __device__ __forceinline__ void store_key_gradients(const Problem& p, const Grad
   const int warp = opaque(warp_index());
   const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
 #pragma unroll
-  for (int r = 0; r < dk.kRows; ++r) dk.scale_row(r, scale);
+  for (int r = 0; r < dk.kRows; ++r) {
+    dk.scale_row(r, scale);
+    if (kGeneral) dv.scale_row(r, kept_factor(p.scores));
+  }
   const Position<Layout::kKeyAcross> at(warp / Layout::kKeyAcross * Layout::kKeyRows, warp % Layout::kKeyAcross * 16);
   store_fragment<Element>(smem.k, dk, at);
   store_fragment<Element>(smem.v, dv, at);
@@ -153,7 +157,15 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
     if (rule.needs_mask(unmasked, j + score_col, j + score_col + Layout::kScoreCols)) {
       CapSlopes<Layout::kScoreRows / 8, Layout::kScoreCols / 4> slopes;
       rule.apply(s, at, sequence, slopes);
-      softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+      if (kGeneral && has_dropout(p.scores)) {
+        probabilities_of_rows<true>(s, rule.factor_log2, lse);
+        DropoutBits(p, b, h).template mark<false>(s, at);
+        drop_gradients(ds, s, kept_factor(p.scores));
+        gradients_of_rows<true, true>(s, ds, delta);
+        clear_marked(s);
+      } else {
+        softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+      }
       if (kGeneral && p.scores.soft_cap != 0.0f) slopes.multiply_into(ds);
     } else {
       softmax_gradient<false>(s, ds, rule.factor_log2, lse, delta);

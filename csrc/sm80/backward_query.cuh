@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
@@ -41,7 +42,14 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
   product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, warp_tile_row), RowOperandB<TileK>(smem.v, 0));
   std::conditional_t<kBeforeCap, CapSlopes<kRows, Shape::kK / 4>, NoSlopes> slopes;
   rule.apply(s, at, sequence, slopes);
-  softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+  if (has_dropout(p.scores)) {
+    probabilities_of_rows<true>(s, rule.factor_log2, lse);
+    DropoutBits(p, b, h).template mark<false>(s, at);
+    drop_gradients(ds, s, kept_factor(p.scores));
+    gradients_of_rows<true, true>(s, ds, delta);
+  } else {
+    softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);
+  }
   if constexpr (kBeforeCap) {
     if (p.scores.soft_cap != 0.0f) slopes.multiply_into(ds);
   }

@@ -5,6 +5,7 @@
 // Loads run one phase ahead: V comes while Q K^T is computed, the next K while softmax and P V are.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/schedule.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
@@ -23,7 +24,7 @@ struct ForwardSmem {
 
 // The finished rows of this warp. Which they are is worked out anew: kept across the loop, it would cost registers
 // there.
-template <class Element, int kHeadDim, int kRows>
+template <class Element, bool kGeneral, int kHeadDim, int kRows>
 __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem<kHeadDim>& smem,
                                              const OnlineSoftmax<kRows>& softmax, Fragment<kRows, kHeadDim / 4>& o) {
   using Shape = ForwardTile<kHeadDim>;
@@ -38,7 +39,7 @@ __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     float row_lse;
-    const float inverse = softmax.finish(r, sink, row_lse);
+    const float inverse = softmax.finish(r, sink, row_lse) * (kGeneral ? kept_factor(p.scores) : 1.0f);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 4; ++c) o.v[r][c] = i < q_len ? o.v[r][c] * inverse : 0.0f;
     if (lane_index() % 4 == 0 && i < p.shape.q_len) store_global(lse + i, i < q_len ? row_lse : minus_infinity());
@@ -111,12 +112,15 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
     NoSlopes none;
     if (rule.needs_mask(unmasked, j, j + Shape::kK)) rule.apply(s, Position<>(warp_row, j), sequence, none);
     softmax.update(s, o);
+    if constexpr (kGeneral) {
+      if (has_dropout(p.scores)) DropoutBits(p, b, h).drop(s, Position<>(warp_row, j));
+    }
     product<Element, Shape::kK>(o, FragmentOperandA<Element, kRows, Shape::kK / 4>{s}, v_operand);
   }
 
   copy_async_wait<0>();
   barrier();  // the loads are over, even where there was no key: Q's place may be written
-  store_output<Element>(p, smem, softmax, o);
+  store_output<Element, kGeneral>(p, smem, softmax, o);
 }
 
 }  // namespace jfa::sm80

@@ -10,6 +10,7 @@
 // deterministic mode there is no dQ here.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/backward_work.cuh"
@@ -217,7 +218,8 @@ __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, 
   const Problem& p = a.p;
   const int row = item.first_key + (thread_index() / kWarpThreads - 4) * 16;
   const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
-  const float scales[2] = {scale, scale}, ones[2] = {1.0f, 1.0f};
+  const float kept = kGeneral ? kept_factor(p.scores) : 1.0f;
+  const float scales[2] = {scale, scale}, factors[2] = {kept, kept};
   if (row + 16 > item.k_len) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -226,7 +228,7 @@ __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, 
       for (int c = 0; c < Shape::kHeadDim / 4; ++c) dk.v[r][c] = dv.v[r][c] = 0.0f;
     }
   }
-  store_rows<Element>(dv, ones, a.g.dv, item.batch, item.kv_head, row, p.shape.k_len, p.shape.value_dim);
+  store_rows<Element>(dv, factors, a.g.dv, item.batch, item.kv_head, row, p.shape.k_len, p.shape.value_dim);
   store_rows<Element>(dk, scales, a.g.dk, item.batch, item.kv_head, row, p.shape.k_len, p.shape.head_dim);
 }
 
@@ -256,6 +258,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       shared_address(smem.ds[0].bytes) +
       ScoreTile::offset_bytes(lane_index() / 16 * 8 + lane_index() % 8, 2 * warp + lane_index() / 8 % 2);
   const float factor_log2 = Rule::factor_of(a.p.scores);
+  const bool drops = kGeneral && has_dropout(a.p.scores);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
 
   RingPosition<Shape::kStages> at(0);
@@ -283,6 +286,9 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       const uint32_t statistics = shared_address(&smem.rows[slot]) + lane_index() % 4 * 8;
       Fragment<2, Shape::kQ / 4> s, dp;
       CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
+      // What a branch changes has to begin as something, or the compiler lets it begin as the last one ended, and
+      // copies that between the products.
+      if constexpr (kGeneral) dp.clear();
       uint32_t p_operand[Shape::kQ / 16][4], ds_operand[Shape::kQ / 16][4];
 
       mbarrier_wait(shared_address(&smem.q_full[slot]), at.parity);
@@ -299,16 +305,19 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
             .template apply_transposed<Shape::kReadsScores>(s, Position<>(first_key, i), sequence_of<Shape>(a.p, now),
                                                             slopes);
         probabilities_of_columns<true>(s, factor_log2, statistics);
+        if (drops) DropoutBits(a.p, now.batch, h).template mark<true>(s, Position<>(first_key, i));
       } else {
         probabilities_of_columns<false>(s, factor_log2, statistics);
       }
       wgmma_wait<0>();
       dp.settle_all();
       if (masked) {
-        gradients_of_columns<true>(s, dp, statistics + Shape::kQ * 4);
+        if (drops) drop_gradients(dp, s, kept_factor(a.p.scores));
+        gradients_of_columns<true, kGeneral>(s, dp, statistics + Shape::kQ * 4);
+        if (drops) clear_marked(s);
         if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
       } else {
-        gradients_of_columns<false>(s, dp, statistics + Shape::kQ * 4);
+        gradients_of_columns<false, false>(s, dp, statistics + Shape::kQ * 4);
       }
       to_operand<Element>(p_operand, s);
       to_operand<Element>(ds_operand, dp);

@@ -7,6 +7,7 @@
 // the old dQ is stored under the new item's first scores.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/forward_store.cuh"
@@ -285,6 +286,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     store_query_gradient<Element>(a, item, ScoreRule<kGeneral>(a.p.scores, item.batch, item.head).scale, dq);
   };
   const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
+  const bool drops = kGeneral && has_dropout(a.p.scores);
 
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -293,6 +295,9 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   while (more) {
     Fragment<2, kScoreCols> s, dp;
     CapSlopes<2, kScoreCols> slopes;  // of general scores
+    // What a branch changes has to begin as something, or the compiler lets it begin as the last one ended, and copies
+    // that between the products.
+    if constexpr (kGeneral) dp.clear();
     const int last_k_slot = k_slot;
     k_slot = k_at.slot;
     mbarrier_wait(k_full + 8 * k_slot, k_at.parity);
@@ -315,15 +320,22 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     if (first && taken > 1) store(taken - 2);
 
     wgmma_wait<1>();
+    if constexpr (kGeneral) s.settle_all();  // or the compiler looks at the scores before they have been waited for
     const bool masked = ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK);
     if (masked) {
       apply_rule(s, slopes);
       probabilities_of_rows<true>(s, factor, lse);
+      if (drops) {
+        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+        const int row = item.first_row + (warp_index() - 4) * 16;
+        DropoutBits(a.p, item.batch, item.head).template mark<false>(s, Position<>(row, j));
+      }
     } else {
       probabilities_of_rows<false>(s, factor, lse);
     }
 
     wgmma_wait<0>();
+    if constexpr (kGeneral) dp.settle_all();  // as the scores above
     release(v_free + 8 * v_at.slot);
     v_at.advance();
     accumulate = !first;
@@ -335,10 +347,11 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       rows_at.advance();
     }
     if (masked) {
-      gradients_of_rows<true>(s, dp, delta);
+      if (drops) drop_gradients(dp, s, kept_factor(a.p.scores));
+      gradients_of_rows<true, kGeneral>(s, dp, delta);
       if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
     } else {
-      gradients_of_rows<false>(s, dp, delta);
+      gradients_of_rows<false, false>(s, dp, delta);
     }
     to_operand<Element>(ds, dp);
     if (first) more = take_item();

@@ -14,6 +14,7 @@
 // Q and dO into both, and a stage is free when both have read it.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/backward_wide_load.cuh"
@@ -69,6 +70,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   uint32_t held[kHeld > 0 ? kHeld : 1][4];  // of what stays, as operand A
   out.clear();
 
+  const bool drops = kGeneral && has_dropout(a.p.scores);
+
   const auto item_address = [&](int slot) { return shared_address(smem.items) + slot * kBackwardWideItemWords * 4; };
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
@@ -83,7 +86,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     if constexpr (!kOfValues) return;
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
     unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
-    row = item.first_row;
+    row = first_tile_row(a, item);
     head = item.head * group;
     tile = 0;
   };
@@ -92,7 +95,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     row += Shape::kQ;
     if (++tile * group < steps) return;
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
-    row = item.first_row;
+    row = first_tile_row(a, item);
     tile = 0;
     ++head;
   };
@@ -123,6 +126,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   };
 
   const auto issue_first = [&](Fragment<2, Shape::kQ / 4>& s) {
+    if constexpr (kGeneral) s.clear();  // as in backward.cuh: a branch changes it
     mbarrier_wait(first.full + 8 * first_at.slot, first_at.parity);
     wgmma_fence();
 #pragma unroll
@@ -199,15 +203,21 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
         rule.template apply_transposed<Shape::kReadsScores>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
                                                             sequence_of<Shape>(a.p, item), slopes);
         probabilities_of_columns<true>(s, rule.factor_log2, statistics);
+        if (drops) {
+          DropoutBits(a.p, item.batch, head)
+              .template mark<true>(s, Position<>(item.first_key + warp_index() % 4 * 16, row));
+        }
       } else {
         probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);
       }
       next_row();
       give(s, slopes);
+      if (drops) clear_marked(s);
     } else {
       Fragment<2, Shape::kQ / 4> p;
       take(p);
-      gradients_of_columns<true>(p, s, statistics);
+      if (drops) drop_gradients(s, p, kept_factor(a.p.scores));
+      gradients_of_columns<true, kGeneral>(p, s, statistics);
       arrive_for_lane(p_free + 8 * p_at.slot);
       p_at.advance();
     }
@@ -219,7 +229,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(slot));
     const jfa::Shape& shape = a.p.shape;
     if constexpr (kOfValues) {
-      store_key_gradient<Element>(item, out, 1.0f, a.g.dv, shape.k_len, shape.value_dim);
+      const float kept = kGeneral ? kept_factor(a.p.scores) : 1.0f;
+      store_key_gradient<Element>(item, out, kept, a.g.dv, shape.k_len, shape.value_dim);
     } else {
       const float scale = ScoreRule<kGeneral>(a.p.scores, item.batch, 0).scale;
       store_key_gradient<Element>(item, out, scale, a.g.dk, shape.k_len, shape.head_dim);

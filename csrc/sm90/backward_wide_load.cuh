@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
   // Rows from `row` on, with their statistics. Rows that see no key of the item become zeros: what lies there belongs
   // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros. In a cluster each block cleans its own copy.
   const auto load_rows = [&](int row, int head, const BackwardWideItem& item) {
-    const int batch = item.batch, end_row = item.end_row;
+    const int batch = item.batch, first_row = item.first_row, end_row = item.end_row;
     constexpr int kRowsPerLane = Shape::kQ / kWarpThreads;
     const float* source =
         (kOfQueries ? a.p.lse : a.g.delta) + (int64_t(batch) * shape.heads + head) * shape.q_len + row;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 #pragma unroll
     for (int n = 0; n < kRowsPerLane; ++n) {
       const int x = lane_index() + n * kWarpThreads;
-      const bool inside = row + x < end_row;
+      const bool inside = row + x >= first_row && row + x < end_row;
       statistics[n] = inside ? load_global(source + x) : kOfQueries ? minus_infinity() : 0.0f;
     }
     mbarrier_wait(stream.free + 8 * at.slot, at.parity);
@@ -45,7 +45,8 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
                        kOfQueries ? lse_in_log2_units(statistics[n]) : statistics[n]);
     }
     const Sequence sequence = sequence_of<Shape>(a.p, item);
-    const bool whole = end_row >= min(row + Shape::kQ, shape.q_len) && !sequence.has_blind_rows(row, row + Shape::kQ);
+    const bool whole = first_row <= row && end_row >= min(row + Shape::kQ, shape.q_len) &&
+                       !sequence.has_blind_rows(row, row + Shape::kQ);
     const uint32_t full = stream.full + 8 * at.slot, landed = stream.landed + 8 * at.slot;
     arrive_for_lane(full);  // the statistics
     const uint32_t to = stream.streamed + at.slot * Streamed::kBytes;
@@ -68,7 +69,8 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     if (!whole) {
       mbarrier_wait(landed, landed_parities >> at.slot & 1);
       landed_parities ^= 1 << at.slot;
-      clean_rows<Streamed>(to, [&](int x) { return row + x < end_row && sequence.sees(row + x); });
+      clean_rows<Streamed>(to,
+                           [&](int x) { return row + x >= first_row && row + x < end_row && sequence.sees(row + x); });
       fence_async_shared();
       arrive_for_warp(full);
     }
@@ -120,7 +122,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     bool first = true;
 #pragma unroll 1
     for (int head = item.head * group; head < (item.head + 1) * group; ++head) {
-      int row = item.first_row;
+      int row = first_tile_row(a, item);
 #pragma unroll 1
       do {
         load_rows(row, head, item);

@@ -1,6 +1,7 @@
 // What the roles of the backward for wide heads share: the arguments, the picture of shared memory, the items of work.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/sequence.cuh"
 #include "sm90/backward_wide_tiles.h"
 #include "sm90/pipeline.cuh"
@@ -72,6 +73,11 @@ struct BackwardWideStream {
         landed(shared_address(kOfQueries ? smem.q_landed : smem.d_o_landed)) {}
 };
 
+// Where the first tile of rows begins.
+__device__ __forceinline__ int first_tile_row(const BackwardWideArguments& a, const BackwardWideItem& item) {
+  return item.first_row < a.p.shape.q_len ? first_of_block(a.p.scores, item.first_row) : item.first_row;
+}
+
 // The item with that number, as block `rank` of a cluster works on it; none past the last.
 template <class Shape>
 __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number, int rank) {
@@ -90,7 +96,7 @@ __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWid
   if (rows.empty()) rows = {outside, outside};
   item.first_row = rows.begin;
   item.end_row = rows.end;
-  item.tiles = max(1, ceil_div(rows.end - rows.begin, Shape::kQ));
+  item.tiles = max(1, ceil_div(rows.end - first_tile_row(a, item), Shape::kQ));
   return item;
 }
 

@@ -7,6 +7,7 @@
 // product of the old and the first of the new run one after the other, and the old one's epilogue under them.
 #pragma once
 
+#include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/forward_bias.cuh"
@@ -306,7 +307,19 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }
-    return softmax.update(s, correction);
+    const bool moved = softmax.update(s, correction);
+    if constexpr (kGeneral) {
+      if (has_dropout(a.p.scores)) {
+        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+        const int row = item.first_row + (warp_index() - 4) * 16;
+        DropoutBits(a.p, item.batch, item.head).drop(s, Position<>(row, j));
+      }
+    }
+    return moved;
+  };
+  const auto store = [&](uint32_t item) {
+    const float kept = kGeneral ? kept_factor(a.p.scores) : 1.0f;
+    store_output<Element, Shape>(a, smem, load_item<ForwardItem>(item), softmax, o, kept);
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -361,7 +374,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       pass_turn();
       wgmma_wait<0>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
+      store(done);
     } else {
       Fragment<2, kScoreCols> s;
       float correction[2];
@@ -373,7 +386,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       load_ahead();
       wgmma_wait<1>();
       release(v_slot);
-      store_output<Element, Shape>(a, smem, load_item<ForwardItem>(done), softmax, o);
+      store(done);
       wgmma_wait<0>();
       release(k_slot);
       release_query();

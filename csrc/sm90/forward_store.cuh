@@ -7,11 +7,12 @@
 
 namespace jfa::sm90 {
 
-// Writes one warp's 16 finished rows. lse is written for rows inside the tensor, with -inf for those past q_len.
+// Writes one warp's 16 finished rows, times `factor`. lse is written for rows inside the tensor, with -inf for those
+// past q_len.
 template <class Element, class Shape>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem,
                                              const ForwardItem& item, const LaggingSoftmax<2>& softmax,
-                                             Fragment<2, Shape::kValueDim / 4>& o) {
+                                             Fragment<2, Shape::kValueDim / 4>& o, float factor) {
   const Problem& p = a.p;
   const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
   const int warp_row = item.first_row + warp * kOutputRows;
@@ -19,7 +20,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   const float sink = sink_log2(p.scores.sinks, item.batch, item.head);
   float inverse[2], lse[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) inverse[r] = softmax.finish(r, sink, lse[r]);
+  for (int r = 0; r < 2; ++r) inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "common/dropout.cuh"
 #include "common/sequence.cuh"
 #include "dispatch.h"
 #include "sm90/pipeline.cuh"
