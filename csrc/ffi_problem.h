@@ -184,9 +184,8 @@ inline Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBu
   p.scores.sinks = reader.head_numbers("sinks", in.sinks, shape);
   if (!Reader::absent(in.dropout_seeds)) {
     reader.expect(attributes.dropout_steps > 0 && attributes.dropout_steps < 1 << 16, "dropout must be below 2^16");
-    p.scores.dropout.steps = static_cast<uint32_t>(attributes.dropout_steps);
-    p.scores.dropout.seeds = static_cast<const uint32_t*>(
-        reader.data("dropout_seeds", in.dropout_seeds, ffi::U32, {shape.batch, shape.heads, 2}));
+    const void* seeds = reader.data("dropout_seeds", in.dropout_seeds, ffi::U32, {shape.batch, shape.heads, 2});
+    p.scores.dropout = {static_cast<const uint32_t*>(seeds), static_cast<uint32_t>(attributes.dropout_steps)};
   }
   reader.expect(attributes.num_sink_tokens >= 0, "num_sink_tokens must not be negative");
   p.visibility.sink_tokens = attributes.num_sink_tokens;

@@ -47,6 +47,10 @@ struct HeadNumbers {
 struct Dropout {
   const uint32_t* seeds = nullptr;  // [batch, heads, 2]; absent: none
   uint32_t steps = 0;               // the rate in units of 2^-16
+  float kept = 1.0f;                // what the others are multiplied by
+
+  Dropout() = default;
+  Dropout(const uint32_t* seeds_, uint32_t steps_) : seeds(seeds_), steps(steps_), kept(65536.0f / (65536 - steps_)) {}
 };
 
 // What is done to scores: s = cap(scale q.k) + bias - slope |i - j| where visible, -inf elsewhere, with

@@ -144,11 +144,11 @@ MUTANTS = {
         SCORES, "scale * reciprocal_approximate(scores.soft_cap)",
         "reciprocal_approximate(scores.soft_cap)", "cap", "sm80"),
     "kept-sm80": (
-        "sm80/forward.cuh", "(kGeneral ? kept_factor(p.scores) : 1.0f)", "1.0f", "dropout", "sm80"),
+        "sm80/forward.cuh", "(p.scores.dropout.kept)", "1.0f", "dropout", "sm80"),
     "kept-sm90": (
         "sm90/forward_store.cuh", "lse[r]) * factor", "lse[r])", "dropout", "sm90"),
     "kept-values-sm80": (
-        "sm80/backward.cuh", "dv.scale_row(r, kept_factor(p.scores))", ";", "dropout", "sm80"),
+        "sm80/backward.cuh", "dv.scale_row(r, p.scores.dropout.kept)", ";", "dropout", "sm80"),
     "kept-values-sm90": (
         "sm90/backward.cuh", "{kept, kept}", "{1.0f, 1.0f}", "dropout", "sm90"),
     "kept-values-wide": (

@@ -17,11 +17,6 @@ __device__ __forceinline__ int first_of_block(const Scores& scores, int x) {
   return has_dropout(scores) ? x / 16 * 16 : x;
 }
 
-// What probabilities that are not dropped are multiplied by.
-__device__ __forceinline__ float kept_factor(const Scores& scores) {
-  return has_dropout(scores) ? reciprocal_approximate(1.0f - float(scores.dropout.steps) * 0x1p-16f) : 1.0f;
-}
-
 // The random bits of one batch entry and head.
 struct DropoutBits {
   uint32_t key, tweak;

@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_key_gradients(const Problem& p, const Grad
 #pragma unroll
   for (int r = 0; r < dk.kRows; ++r) {
     dk.scale_row(r, scale);
-    if (kGeneral) dv.scale_row(r, kept_factor(p.scores));
+    if (kGeneral) dv.scale_row(r, p.scores.dropout.kept);
   }
   const Position<Layout::kKeyAcross> at(warp / Layout::kKeyAcross * Layout::kKeyRows, warp % Layout::kKeyAcross * 16);
   store_fragment<Element>(smem.k, dk, at);
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
       if (kGeneral && has_dropout(p.scores)) {
         probabilities_of_rows<true>(s, rule.factor_log2, lse);
         DropoutBits(p, b, h).template mark<false>(s, at);
-        drop_gradients(ds, s, kept_factor(p.scores));
+        drop_gradients(ds, s, p.scores.dropout.kept);
         gradients_of_rows<true, true>(s, ds, delta);
         clear_marked(s);
       } else {

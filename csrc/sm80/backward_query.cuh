@@ -45,7 +45,7 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
   if (has_dropout(p.scores)) {
     probabilities_of_rows<true>(s, rule.factor_log2, lse);
     DropoutBits(p, b, h).template mark<false>(s, at);
-    drop_gradients(ds, s, kept_factor(p.scores));
+    drop_gradients(ds, s, p.scores.dropout.kept);
     gradients_of_rows<true, true>(s, ds, delta);
   } else {
     softmax_gradient<true>(s, ds, rule.factor_log2, lse, delta);

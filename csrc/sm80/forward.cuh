@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     float row_lse;
-    const float inverse = softmax.finish(r, sink, row_lse) * (kGeneral ? kept_factor(p.scores) : 1.0f);
+    const float inverse = softmax.finish(r, sink, row_lse) * (kGeneral ? p.scores.dropout.kept : 1.0f);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 4; ++c) o.v[r][c] = i < q_len ? o.v[r][c] * inverse : 0.0f;
     if (lane_index() % 4 == 0 && i < p.shape.q_len) store_global(lse + i, i < q_len ? row_lse : minus_infinity());

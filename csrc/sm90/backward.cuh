@@ -218,7 +218,7 @@ __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, 
   const Problem& p = a.p;
   const int row = item.first_key + (thread_index() / kWarpThreads - 4) * 16;
   const float scale = ScoreRule<kGeneral>(p.scores, item.batch, 0).scale;
-  const float kept = kGeneral ? kept_factor(p.scores) : 1.0f;
+  const float kept = kGeneral ? p.scores.dropout.kept : 1.0f;
   const float scales[2] = {scale, scale}, factors[2] = {kept, kept};
   if (row + 16 > item.k_len) {
 #pragma unroll
@@ -312,7 +312,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       wgmma_wait<0>();
       dp.settle_all();
       if (masked) {
-        if (drops) drop_gradients(dp, s, kept_factor(a.p.scores));
+        if (drops) drop_gradients(dp, s, a.p.scores.dropout.kept);
         gradients_of_columns<true, kGeneral>(s, dp, statistics + Shape::kQ * 4);
         if (drops) clear_marked(s);
         if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);

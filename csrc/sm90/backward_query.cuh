@@ -347,7 +347,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       rows_at.advance();
     }
     if (masked) {
-      if (drops) drop_gradients(dp, s, kept_factor(a.p.scores));
+      if (drops) drop_gradients(dp, s, a.p.scores.dropout.kept);
       gradients_of_rows<true, kGeneral>(s, dp, delta);
       if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
     } else {

@@ -216,7 +216,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     } else {
       Fragment<2, Shape::kQ / 4> p;
       take(p);
-      if (drops) drop_gradients(s, p, kept_factor(a.p.scores));
+      if (drops) drop_gradients(s, p, a.p.scores.dropout.kept);
       gradients_of_columns<true, kGeneral>(p, s, statistics);
       arrive_for_lane(p_free + 8 * p_at.slot);
       p_at.advance();
@@ -229,7 +229,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(slot));
     const jfa::Shape& shape = a.p.shape;
     if constexpr (kOfValues) {
-      const float kept = kGeneral ? kept_factor(a.p.scores) : 1.0f;
+      const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
       store_key_gradient<Element>(item, out, kept, a.g.dv, shape.k_len, shape.value_dim);
     } else {
       const float scale = ScoreRule<kGeneral>(a.p.scores, item.batch, 0).scale;

@@ -62,7 +62,7 @@ struct BackwardWideTiles<192, 128> {
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
-  using Formula = BackwardWideTile<192, 192, 64, 3, 1, 6>;
+  using Formula = BackwardWideTile<192, 192, 64, 3, 1, 4>;
   using General = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
@@ -70,7 +70,7 @@ struct BackwardWideTiles<256, 256> {
   // 1k: 463 (no cluster, held 14: 449), 4k: 612 (598), 16k: 648 (629); causal 385 (371), 559 (563), 643 (640).
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
-  using Formula = BackwardWideTile<256, 256, 32, 4, 2, 8>;
+  using Formula = BackwardWideTile<256, 256, 32, 4, 2, 4>;
   using General = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 

@@ -318,7 +318,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     return moved;
   };
   const auto store = [&](uint32_t item) {
-    const float kept = kGeneral ? kept_factor(a.p.scores) : 1.0f;
+    const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
     store_output<Element, Shape>(a, smem, load_item<ForwardItem>(item), softmax, o, kept);
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first

@@ -109,7 +109,7 @@ struct ForwardTiles<128, 128> {
   using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
   using Formula = FormulaTile<128, 128, 2, 128, 4, false>;
-  using General = ReadingTile<128, 128, 2, 96, 5, false>;
+  using General = ReadingTile<128, 128, 2, 80, 6, false>;
 };
 template <>
 struct ForwardTiles<192, 128> {
@@ -133,7 +133,7 @@ struct ForwardTiles<256, 256> {
       ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;   // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;     // causal 1k: 432 (with cluster 425)
-  using Formula = FormulaTile<256, 256, 2, 48, 5, false>;
+  using Formula = FormulaTile<256, 256, 2, 32, 6, false>;
   using General = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
