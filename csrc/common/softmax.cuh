@@ -30,9 +30,10 @@ __device__ __forceinline__ void shift_large(Fragment<kRows, kCols>& s, const flo
   }
 }
 
-// The sink of the rows of one head, in log2 units; -inf, which changes nothing: there is none.
-__device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, int b, int h) {
-  return sinks.data == nullptr ? minus_infinity() : load_global(sinks.data + b * sinks.batch_stride + h) * kLog2e;
+// The sink of a row, in log2 units; -inf, which changes nothing: there is none.
+__device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, const Sequence& sequence, int h, int i) {
+  if (sinks.data == nullptr || !sequence.belongs(i)) return minus_infinity();
+  return load_global(sinks.data + sequence.b * sinks.batch_stride + h) * kLog2e;
 }
 
 // A row's output is to be multiplied by the result; also its log-sum-exp in natural units. `part` is this thread's part

@@ -29,16 +29,17 @@ __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem
                                              const OnlineSoftmax<kRows>& softmax, Fragment<kRows, kHeadDim / 4>& o) {
   using Shape = ForwardTile<kHeadDim>;
   const WorkItem item(opaque(block_index()), ceil_div(p.shape.q_len, Shape::kQ), p.shape.heads);
-  const int q_len = Sequence(p, item.batch).q_len;
+  const Sequence sequence(p, item.batch);
+  const int q_len = sequence.q_len;
   const int tile_row = item.tile * Shape::kQ;
   const int warp_tile_row = opaque(warp_index()) * Shape::kRowsPerWarp;
   const Position<> at(tile_row + warp_tile_row, 0);
-  const float sink = sink_log2(p.scores.sinks, item.batch, item.head);
   float* lse = p.lse + (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     float row_lse;
+    const float sink = sink_log2(p.scores.sinks, sequence, item.head, i);
     const float inverse = softmax.finish(r, sink, row_lse) * (kGeneral ? p.scores.dropout.kept : 1.0f);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 4; ++c) o.v[r][c] = i < q_len ? o.v[r][c] * inverse : 0.0f;

@@ -70,8 +70,6 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   uint32_t held[kHeld > 0 ? kHeld : 1][4];  // of what stays, as operand A
   out.clear();
 
-  const bool drops = kGeneral && has_dropout(a.p.scores);
-
   const auto item_address = [&](int slot) { return shared_address(smem.items) + slot * kBackwardWideItemWords * 4; };
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
@@ -203,7 +201,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
         rule.template apply_transposed<Shape::kReadsScores>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
                                                             sequence_of<Shape>(a.p, item), slopes);
         probabilities_of_columns<true>(s, rule.factor_log2, statistics);
-        if (drops) {
+        if (kGeneral && has_dropout(a.p.scores)) {
           DropoutBits(a.p, item.batch, head)
               .template mark<true>(s, Position<>(item.first_key + warp_index() % 4 * 16, row));
         }
@@ -212,11 +210,11 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       }
       next_row();
       give(s, slopes);
-      if (drops) clear_marked(s);
+      if (kGeneral && has_dropout(a.p.scores)) clear_marked(s);
     } else {
       Fragment<2, Shape::kQ / 4> p;
       take(p);
-      if (drops) drop_gradients(s, p, a.p.scores.dropout.kept);
+      if (kGeneral && has_dropout(a.p.scores)) drop_gradients(s, p, a.p.scores.dropout.kept);
       gradients_of_columns<true, kGeneral>(p, s, statistics);
       arrive_for_lane(p_free + 8 * p_at.slot);
       p_at.advance();

@@ -51,24 +51,20 @@ struct StagedBias {
 
   template <int kCols>
   __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
-    constexpr int kAtOnce = kCols % 8 == 0 ? 2 : 1;  // blocks of 16 columns
     const int warpgroup = warp_index() / 4 - 1;
     mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);
     parity ^= 1;
     const uint32_t place = shared_address(smem.staged.bias[warpgroup].bytes);
     const int row = warp_index() % 4 * 16 + lane_index() % 16;
 #pragma unroll
-    for (int first = 0; first < kCols / 4; first += kAtOnce) {
-      uint32_t pairs[kAtOnce][4];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        load_matrix_x4(pairs[n], place + Bias::offset_bytes(row, 2 * (first + n) + lane_index() / 16));
-      }
+    for (int block = 0; block < kCols / 4; ++block) {
+      uint32_t pairs[1][4];
+      load_matrix_x4(pairs[0], place + Bias::offset_bytes(row, 2 * block + lane_index() / 16));
       settle_loads(pairs);
 #pragma unroll
-      for (int n = 0; n < kAtOnce * 4; ++n) {
-        const float2 pair = unpack<Element>(pairs[n / 4][n % 4]);
-        float* x = &s.v[n % 2][4 * first + n / 2 * 2];
+      for (int n = 0; n < 4; ++n) {
+        const float2 pair = unpack<Element>(pairs[0][n]);
+        float* x = &s.v[n % 2][4 * block + n / 2 * 2];
         x[0] = fmaf(kLog2e, pair.x, x[0]);
         x[1] = fmaf(kLog2e, pair.y, x[1]);
       }

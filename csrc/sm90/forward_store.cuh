@@ -17,10 +17,12 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
   const int warp_row = item.first_row + warp * kOutputRows;
   const Position<> at(warp_row, 0);
-  const float sink = sink_log2(p.scores.sinks, item.batch, item.head);
   float inverse[2], lse[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
+  for (int r = 0; r < 2; ++r) {
+    const float sink = sink_log2(p.scores.sinks, sequence_of<Shape>(p, item), item.head, at.row(r));
+    inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
+  }
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
