@@ -257,6 +257,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   const uint32_t ds_place =
       shared_address(smem.ds[0].bytes) +
       ScoreTile::offset_bytes(lane_index() / 16 * 8 + lane_index() % 8, 2 * warp + lane_index() / 8 % 2);
+  const float factor_log2 = Rule::factor_of(a.p.scores);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
 
   RingPosition<Shape::kStages> at(0);
@@ -302,11 +303,11 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         Rule(a.p.scores, now.batch, h)
             .template apply_transposed<Shape::kReadsScores>(s, Position<>(first_key, i), sequence_of<Shape>(a.p, now),
                                                             slopes);
-        probabilities_of_columns<true>(s, Rule::factor_of(a.p.scores), statistics);
+        probabilities_of_columns<true>(s, kGeneral ? Rule::factor_of(a.p.scores) : factor_log2, statistics);
         if (kGeneral && has_dropout(a.p.scores))
           DropoutBits(a.p, now.batch, h).template mark<true>(s, Position<>(first_key, i));
       } else {
-        probabilities_of_columns<false>(s, Rule::factor_of(a.p.scores), statistics);
+        probabilities_of_columns<false>(s, factor_log2, statistics);
       }
       wgmma_wait<0>();
       dp.settle_all();
