@@ -323,19 +323,9 @@ GROUPS = (
 CASES = {case.name: case for group in GROUPS for case in group()} | {EVERYTHING.name: EVERYTHING}
 
 
-# What only the reference has so far; attention.cc refuses it.
-UNBUILT = ()
-
-
-def is_built(case):
-    features = {name for name in ("alibi", "sinks") if getattr(case, name) is not None}
-    return not (features | case.options.keys()) & set(UNBUILT)
-
-
-def every_case(*, kernels=True):
-    """A parametrize mark over all cases; kernels: only those that kernels serve."""
-    cases = [case for case in CASES.values() if is_built(case) or not kernels]
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+def every_case():
+    """A parametrize mark over all cases."""
+    return pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def some_cases(*names):

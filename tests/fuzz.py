@@ -16,7 +16,7 @@ import traceback
 
 import jax
 import numpy as np
-from cases import CASES, LENGTHS, UNBUILT, Case
+from cases import CASES, LENGTHS, Case
 from compare import expected, judge_all, run
 from emulator import kernels
 from test_emulator import judge_bias_along_keys
@@ -146,15 +146,6 @@ def _visibility(rng, options, batch, q_len, k_len):
     return made
 
 
-def built(call):
-    """Without what no kernel has yet."""
-    case = call.case
-    dropped = {*UNBUILT, *(["key_value_segment_ids"] if "query_segment_ids" in UNBUILT else ())}
-    options = {name: x for name, x in case.options.items() if name not in dropped}
-    fields = {name: None for name in ("alibi", "sinks") if name in dropped}
-    return dataclasses.replace(call, case=dataclasses.replace(case, options=options, **fields))
-
-
 def features(call):
     """What a call uses, as a set of names."""
     case, options = call.case, call.case.options
@@ -207,7 +198,7 @@ def judge_call(case, dtype, actual):
 
 def check(seed, way, family="auto"):
     """Runs and judges the call of a seed; AssertionError with the line that does it again."""
-    call = draw(seed) if way == "reference" else built(draw(seed))
+    call = draw(seed)
     dtype = "float32" if way == "reference" and seed % 3 == 0 else call.dtype
     try:
         judge_call(call.case, dtype, results(call, dtype, way, seed, family))

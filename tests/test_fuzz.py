@@ -84,14 +84,6 @@ def test_what_does_not_combine_is_refused(options):
         attention(**ARRAYS, **options)
 
 
-def test_unbuilt_features_are_dropped(monkeypatch):
-    monkeypatch.setattr(fuzz, "UNBUILT", ("sinks", "query_segment_ids", "dropout_rate"))
-    gone = {"sinks", "segments in runs", "segments, mixed", "dropout"}
-    for call in map(fuzz.draw, EMULATOR_SEEDS):
-        assert fuzz.features(fuzz.built(call)) == fuzz.features(call) - gone
-        assert "key_value_segment_ids" not in fuzz.built(call).case.options
-
-
 def test_a_seed_is_one_call():
     assert fuzz.draw(5) == fuzz.draw(5)
     assert fuzz.draw(5).case.options == fuzz.draw(5).case.options

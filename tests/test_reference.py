@@ -12,7 +12,7 @@ from jax_flashattn import attention
 HALF = ["bfloat16", "float16"]
 
 
-@every_case(kernels=False)
+@every_case()
 def test_float32_equals_oracle(case):
     check_case(case, "float32")
 

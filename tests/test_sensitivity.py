@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import UNBUILT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -162,10 +161,6 @@ def first_of_its_base(option):
 @pytest.mark.parametrize(("path", "option"), CALLS)
 def test_an_option_reaches_everything(way, cpu_mesh, path, option):
     """Out and each gradient differ in every entry; with the neutral value they do not."""
-    features = {"alibi_slopes": "alibi", "segment_ids": "query_segment_ids"}.get(option, option)
-    features = {features} | ({"query_segment_ids"} if path == "segments" else set())
-    if way[0] == "cuda" and features & set(UNBUILT):
-        pytest.skip("no kernel has this yet")
     if way[0] == "cuda" and path == "sharded":
         pytest.skip("it is made of CPU devices")
     mesh = cpu_mesh((4, 2), ("data", "model")) if path == "sharded" else None

@@ -44,13 +44,6 @@ def way(request):
     """implementation and dtype of a test."""
     if request.param == "xla":
         return "xla", "float32"
-    packed = Packed("alike", "bfloat16")
-    try:
-        jax.eval_shape(lambda: varlen_attention(**packed.arrays, implementation="cuda"))
-    except NotImplementedError as error:
-        if "yet" not in str(error):
-            raise
-        pytest.skip(str(error))
     return "cuda", "bfloat16"
 
 

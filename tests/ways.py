@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from cases import INTEGERS, UNBUILT, Case, is_built
+from cases import INTEGERS, Case
 from compare import DIFFERENTIABLE, assert_same_bits, with_seeds
 from emulator import kernels
 from emulator.emulator import why_unavailable
@@ -58,13 +58,6 @@ def visible(call):
     return np.broadcast_to(sees & arrays.get("mask", True), (batch, heads, q_len, k_len))
 
 
-def skip_unbuilt(call):
-    """Ends a test of kernels that needs what none of them has."""
-    given = {"alibi" if name == "alibi_slopes" else name for name in (*call.given, *call.options)}
-    if not is_built(call) or given & set(UNBUILT):
-        pytest.skip("no kernel has this yet")
-
-
 # A way takes a Call and whether gradients are wanted, and returns {name: array}.
 
 
@@ -89,8 +82,6 @@ def through_jax(implementation, transform=jax.jit):
         return transform(function)
 
     def run(call, gradients=True):
-        if implementation == "cuda":
-            skip_unbuilt(call)
         options = tuple(call.static().items())
         return transformed(options, gradients)(call.arrays(), call.cotangents())
 
@@ -98,7 +89,6 @@ def through_jax(implementation, transform=jax.jit):
 
 
 def emulated(call, gradients=True):
-    skip_unbuilt(call)
     return kernels.run(call, DTYPE, gradients=gradients, deterministic=True)
 
 
