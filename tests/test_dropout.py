@@ -9,7 +9,7 @@ import pytest
 from compare import assert_same_bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from ways import WAYS, Call, assert_same, parts, way_params
+from ways import WAYS, Call, parts, way_params
 
 from jax_flashattn import _dropout, attention
 
@@ -147,8 +147,9 @@ def test_forward_and_gradient_drop_the_same(run):
 def test_lse_is_that_of_all_keys(run):
     call = Call("dropout-lse", T, S)
     dropped = parts(run(call.but(dropout_rate=0.5), gradients=False), names=("lse",))
-    assert_same(run, dropped, parts(run(call.on(scale=np.float32(call.head_dim**-0.5)),
-                                        gradients=False), names=("lse",)))  # fmt: skip
+    np.testing.assert_allclose(
+        dropped["lse"], run(call, gradients=False)["lse"], rtol=1e-6, atol=1e-5
+    )
 
 
 def test_the_mask_depends_on_position_alone(run):

@@ -123,11 +123,13 @@ def check(case, dtype, **options):
 def judge_bias_along_keys(actual, reference, case, dtype):
     """The dS of a row sum to its d_lse: all else cancels, but for the rounding of p and out.
 
-    Those errors reach dS through delta = rowsum(dO o), and are independent of each other.
+    Those errors reach dS through delta = rowsum(dO o), and are independent of each other. Where all
+    of a row was dropped, out is 0, and what is left is d_lse times the float32 sum of p.
     """
-    arrays, d_out = with_seeds(case.arrays(dtype)), case.cotangents(dtype)[0]
+    arrays, (d_out, d_lse) = with_seeds(case.arrays(dtype)), case.cotangents(dtype)
     sizes = attend(**(arrays | {"value": np.abs(arrays["value"])}), **case.static())["out"]
     squares = np.square(sizes * d_out.astype(np.float64)).sum(axis=-1).swapaxes(1, 2)
+    squares = squares + np.square(2.0**-7 * d_lse)
     padded = (1,) * (4 - len(case.bias)) + case.bias
     axes = tuple(axis for axis in range(3) if padded[axis] == 1)
     unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11

@@ -300,15 +300,12 @@ def test_neutral_value_of_a_flag_changes_nothing(run, flag):
     plain, flagged = parts(run(call)), parts(run(with_flag(call, name, neutral)))
     if flag not in ("mask", "bias", "alibi", *NO_FORMULA):
         return assert_same(run, flagged, plain)
-    # Their bits are those of the kernels for general scores, and near the plain ones.
-    try:
-        assert_same(run, flagged, parts(run(general(call))))
-    except AssertionError:
-        if flag not in NO_FORMULA:
-            raise
-        assert_same(run, flagged, plain)
-    for x, y in zip(flagged.values(), plain.values(), strict=True):
-        np.testing.assert_allclose(np.float32(x), np.float32(y), atol=0.02, rtol=0.02)
+    # Kernels for general scores have tiles of their own, and sum in another order.
+    for name, x in plain.items():
+        tolerance = 1e-5 if name == "lse" else 0.02
+        np.testing.assert_allclose(
+            np.float32(flagged[name]), np.float32(x), atol=tolerance, rtol=tolerance, err_msg=name
+        )
     return None
 
 

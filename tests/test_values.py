@@ -91,6 +91,13 @@ def test_keys_out_of_the_window_never_reach_a_row(call):
     assert (out[:, 55:] != clean[:, 55:]).any(axis=(0, 2, 3)).all()
 
 
+def close(actual, desired):
+    """What differs by rounding alone: a bias is added where a mask leaves scores as they are."""
+    for x, y in zip(actual, desired, strict=True):
+        tolerance = 1e-5 if x.dtype == np.float32 else 2e-2
+        np.testing.assert_allclose(np.float32(x), np.float32(y), atol=tolerance, rtol=tolerance)
+
+
 def test_bias_of_minus_infinity_masks(call):
     """A row all -inf gives 0 and -inf; -inf elsewhere acts as the mask does, in gradients too."""
     query, key, value = _inputs()
@@ -101,11 +108,11 @@ def test_bias_of_minus_infinity_masks(call):
     out, lse = call(query, key, value, bias)
     assert not out[:, 5].any()
     assert np.isneginf(lse[:, :, 5]).all()
-    assert_same_bits((out, lse), call(query, key, value, None, mask))
+    close((out, lse), call(query, key, value, None, mask))
     ours = call.gradients(d_out, query, key, value, bias)
     assert np.isfinite(ours[3]).all()
     assert not ours[3][..., 5, :].any()
-    assert_same_bits(ours[:3], call.gradients(d_out, query, key, value, None, mask)[:3])
+    close(ours[:3], call.gradients(d_out, query, key, value, None, mask)[:3])
 
 
 @pytest.mark.parametrize(

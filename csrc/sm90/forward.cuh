@@ -219,12 +219,12 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
                        shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
       }
       settle_loads(q_registers);
-      arrive_for_warp(q_free);
+      arrive_for_lane(q_free);
     }
   };
   // Queries that are not in registers are read until the last tile of keys is done.
   const auto release_query = [&] {
-    if (!Shape::kQueryInRegisters && j + Shape::kK == end) arrive_for_warp(q_free);
+    if (!Shape::kQueryInRegisters && j + Shape::kK == end) arrive_for_lane(q_free);
   };
   const auto wait_full = [&] {
     mbarrier_wait(full + 8 * at.slot, at.parity);
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
     mbarrier_init(shared_address(&smem.item_ready), 1);
     mbarrier_init(shared_address(&smem.q_full), 1);
     mbarrier_init(shared_address(&smem.q_free),
-                  Shape::kWarpgroups * 4 + a.has_bias * kWarpThreads);  // and who loads the bias
+                  Shape::kWarpgroups * kWarpgroupThreads + a.has_bias * kWarpThreads);  // and who loads the bias
     for (int w = 0; w < Shape::kWarpgroups; ++w) {
       mbarrier_init(shared_address(&smem.bias_full[w]), 1);
       mbarrier_init(shared_address(&smem.bias_free[w]), 4);
