@@ -169,7 +169,7 @@ MUTANTS = {
     "rows-not-cleaned": (
         "backward.cuh", "return part.contains(first + row) && ", "return ", "poisoned"),
     "masked-gradients-not-hidden": (
-        "../common/softmax.cuh", "ds = hidden ? 0.0f : x", "ds = x", "poisoned"),
+        "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned"),
 }  # fmt: skip
 
 

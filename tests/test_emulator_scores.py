@@ -93,6 +93,16 @@ class Unseen(Case):
         return max(self.q_len - self.k_len, 0), max(self.k_len - self.q_len - left, 0)
 
 
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+@pytest.mark.parametrize("dims", [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)], ids=str)
+def test_every_tile(dims, family):
+    """Everything at once, in the tiles of each head dim."""
+    case = dataclasses.replace(CASES["dropout-window-cap"], alibi=(2,))
+    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
+    for deterministic in (False, True):
+        check(case, "float16", family=family, deterministic=deterministic, multiprocessors=2)
+
+
 # Not the portable backward that owns keys: with or without dropout it reads a tile's keys that
 # nobody sees, in front of those that are seen.
 @pytest.mark.parametrize("route", [r for r in ROUTES if r != "sm80"])
@@ -121,6 +131,7 @@ def test_a_rate_that_drops_nothing(route):
 # File, what to replace, by what, the case that must notice, and the route.
 SCORES, SOFTMAX, SEQUENCE = "common/scores.cuh", "common/softmax.cuh", "common/sequence.cuh"
 DROPOUT, CLEAR = "common/dropout.cuh", "clear_marked(s);"
+DROPS = "kGeneral && has_dropout(a.p.scores)"
 DERIVATIVE = "slopes.multiply_into({});"
 MUTANTS = {
     "derivative-sm80": (
@@ -144,7 +155,7 @@ MUTANTS = {
         SCORES, "scale * reciprocal_approximate(scores.soft_cap)",
         "reciprocal_approximate(scores.soft_cap)", "cap", "sm80"),
     "kept-sm80": (
-        "sm80/forward.cuh", "(p.scores.dropout.kept)", "1.0f", "dropout", "sm80"),
+        "sm80/forward.cuh", "kGeneral ? p.scores.dropout.kept : 1.0f", "1.0f", "dropout", "sm80"),
     "kept-sm90": (
         "sm90/forward_store.cuh", "lse[r]) * factor", "lse[r])", "dropout", "sm90"),
     "kept-values-sm80": (
@@ -158,9 +169,9 @@ MUTANTS = {
         DROPOUT, "p.v[r][c] < 0.0f ? 0.0f : dp", "dp", "dropout", "sm80-deterministic"),
     "probabilities-not-dropped-sm80": ("sm80/backward.cuh", CLEAR, ";", "dropout", "sm80"),
     "probabilities-not-dropped-sm90": (
-        "sm90/backward.cuh", f"if (drops) {CLEAR}", ";", "dropout", "sm90"),
+        "sm90/backward.cuh", f"if ({DROPS}) {CLEAR}", ";", "dropout", "sm90"),
     "probabilities-not-dropped-wide": (
-        "sm90/backward_wide.cuh", f"if (drops) {CLEAR}", ";", "dropout", "sm90-wide"),
+        "sm90/backward_wide.cuh", f"if ({DROPS}) {CLEAR}", ";", "dropout", "sm90-wide"),
     "bits-of-another-row": (
         DROPOUT, "counter(at.first_row)", "counter(at.first_row + 16)", "dropout", "sm80"),
     "bits-of-another-key": (
@@ -175,11 +186,12 @@ MUTANTS = {
         DROPOUT, "p.shape.heads + h) * 2", "p.shape.heads) * 2", "dropout", "sm80"),
     "a-round-less": (DROPOUT, "round < 7", "round < 6", "dropout", "sm80"),
     "tiles-that-begin-anywhere-sm80": (
-        DROPOUT, "x / 16 * 16 : x", "x : x", "dropout-window-cap", "sm80"),
+        SEQUENCE, "!= nullptr ? 16 : 1", "!= nullptr ? 1 : 1", "dropout-window-cap", "sm80"),
     "tiles-that-begin-anywhere-sm90": (
         DROPOUT, "x / 16 * 16 : x", "x : x", "dropout-window-cap", "sm90-wide"),
     "alibi-without-offset": (
-        SEQUENCE, "return j - i - offset;", "return j - i;", "alibi-causal-bottom-right", "sm80"),
+        SEQUENCE, "(table_rows().token(i) + 2) : offset", "(table_rows().token(i) + 2) : 0",
+        "alibi-causal-bottom-right", "sm80"),
     "alibi-of-one-side": (
         SCORES, "fabsf(kTransposed ? first - offset : first + offset)",
         "(kTransposed ? first - offset : first + offset)", "alibi", "sm80"),
