@@ -33,6 +33,7 @@ struct Case {
   jfa::ElementType bias_type = jfa::ElementType::kFloat;
   float soft_cap = 0.0f;
   std::vector<float> alibi_slopes, sinks;  // [heads] or [batch, heads]; empty: absent
+  uint32_t dropout_steps = 0;              // of 2^16
   bool d_lse = true;
   bool gradients = true;
 
@@ -106,6 +107,10 @@ inline void add_features(const Adder& adder, int q_len, int k_len) {
     c.sinks = {0.5f, 4.0f};
     c.shape.q_len = k_len + 10;  // the last rows see no key
     c.window.window_left = 5, c.window.window_right = 0;
+  });
+  add("dropout", [](Case& c) {
+    c.dropout_steps = 20000;
+    c.window.window_left = 20;
   });
   add("gqa", [](Case& c) {
     c.shape.heads = 4;
@@ -186,6 +191,7 @@ inline void add_tiles(const Adder& adder) {
     c.soft_cap = 2.0f;
     c.alibi_slopes = {0.02f, 0.1f};
     c.sinks = {3.0f, -1.0f};
+    c.dropout_steps = 6554;
     causal(c);
   });
   add("tile_drawn", {2, 20, 150, 70, 10, d, d}, causal);
@@ -224,6 +230,7 @@ inline void add_gradients(const Adder& add) {
     c.soft_cap = 0.7f;
     c.alibi_slopes = {0.02f, 0.1f};
     c.sinks = {1.0f, -1.0f};
+    c.dropout_steps = 6554;
     c.window.window_left = 100;
   });
   add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
@@ -297,6 +304,7 @@ inline std::vector<unsigned char> encode(jfa::ElementType type, const std::vecto
 // N(0, 1), rounded to the types they have on the device. Every second mask element is false.
 struct Values {
   std::vector<float> q, k, v, d_o, d_lse, bias, mask;
+  std::vector<uint32_t> seeds;
 
   explicit Values(const Case& c) : random_(1234567) {
     const jfa::Shape& s = c.shape;
@@ -309,6 +317,8 @@ struct Values {
     bias = draw(count(c.bias), c.bias_type);
     mask = draw(count(c.mask), jfa::ElementType::kFloat);
     for (float& x : mask) x = x > 0.0f;
+    if (c.dropout_steps > 0) seeds.resize(size_t(s.batch) * s.heads * 2);
+    for (uint32_t& x : seeds) x = random_();
   }
 
  private:

@@ -93,6 +93,10 @@ jfa::Problem upload(const Case& c, const Values& v, Memory& memory) {
   };
   p.scores.alibi_slopes = numbers("alibi_slopes", c.alibi_slopes);
   p.scores.sinks = numbers("sinks", c.sinks);
+  if (c.dropout_steps > 0) {
+    const std::vector<int> bits(v.seeds.begin(), v.seeds.end());
+    p.scores.dropout = {memory.input("dropout_seeds", encode_ints(bits))->data<uint32_t>(), c.dropout_steps};
+  }
   p.visibility = c.window;
   const auto ints = [&](const char* name, const std::vector<int>& values) -> const int* {
     return values.empty() ? nullptr : memory.input(name, encode_ints(values))->data<int>();

@@ -67,8 +67,8 @@ class Reference {
       for (int j = 0; sum > 0.0 && j < s_.k_len; ++j) {
         if (score[j] == 0.0) continue;
         const float* v = value(b, h, j);
-        const double weight = score[j] / sum;
-        const double error = weight * (unit_ + kFloatError + 2.0 * cap_error()) + least_ / sum;
+        const double weight = score[j] / sum * kept(b, h, i, j);
+        const double error = weight * (unit_ + kFloatError + 2.0 * cap_error()) + least_ / sum * kept(b, h, i, j);
         for (int d = 0; d < s_.value_dim; ++d) total[d] += weight * v[d], terms[d] += error * std::fabs(v[d]);
       }
       for (int d = 0; d < s_.value_dim; ++d) {
@@ -93,14 +93,16 @@ class Reference {
         const float *k = key(b, h, j), *v = value(b, h, j);
         double dp = 0.0, dp_terms = delta_terms;
         for (int d = 0; d < s_.value_dim; ++d) dp += double(d_o[d]) * v[d], dp_terms += std::fabs(d_o[d] * v[d]);
-        const double ds = p * (dp - delta);
-        const double ds_float = kFloatError * (std::fabs(ds) + p * dp_terms) + cap_error() * std::fabs(ds);
-        const double p_error = p * (unit_ + kFloatError + cap_error()) + least_;
+        const double keep = kept(b, h, i, j), p_kept = keep * p, ds = p * (keep * dp - delta);
+        const double ds_float =
+            kFloatError * (std::fabs(ds) + p * std::fmax(keep, 1.0) * dp_terms) + cap_error() * std::fabs(ds);
+        const double p_error = p_kept * (unit_ + kFloatError + cap_error()) + least_ * std::fmax(keep, 1.0);
         // What is before the cap: the derivative is rounded to half precision, and made from a tanh that is off.
         const double slope = slope_of(b, h, i, j), dt = ds * slope;
         const double dt_error = ds_float * slope + unit_ * std::fabs(dt) + least_ +
                                 (c_.soft_cap > 0.0f ? 3.0 * kTanhError * std::fabs(ds) : 0.0);
-        for (int d = 0; d < s_.value_dim; ++d) add(dv, key_at(b, h, j, s_.value_dim) + d, p * d_o[d], p_error * d_o[d]);
+        for (int d = 0; d < s_.value_dim; ++d)
+          add(dv, key_at(b, h, j, s_.value_dim) + d, p_kept * d_o[d], p_error * d_o[d]);
         for (int d = 0; d < s_.head_dim; ++d) {
           add(dq, query_at(b, h, i, s_.head_dim) + d, scale * dt * k[d], scale * dt_error * k[d]);
           add(dk, key_at(b, h, j, s_.head_dim) + d, scale * dt * q[d], scale * dt_error * q[d]);
@@ -182,6 +184,21 @@ class Reference {
   double sink_of(int b, int h, int i) const {
     const bool real = c_.q_lengths.empty() || i < c_.q_lengths[b];
     return c_.sinks.empty() || !real ? -kInfinity : of_head(c_.sinks, b, h);
+  }
+
+  // What dropout multiplies a probability by: jax_flashattn/_dropout.py.
+  double kept(int b, int h, int i, int j) const {
+    if (c_.dropout_steps == 0) return 1.0;
+    const uint32_t* seeds = &v_.seeds[(size_t(b) * s_.heads + h) * 2];
+    uint32_t x = i / 16 * 8 + i % 8, y = (j / 16 * 8 + j % 8) ^ seeds[1];
+    for (uint32_t round = 0; round < 7; ++round) {
+      const uint64_t product = uint64_t(0xD256D193) * x;
+      x = uint32_t(product >> 32) ^ (seeds[0] + round * 0x9E3779B9) ^ y;
+      y = uint32_t(product);
+    }
+    const uint32_t word = i % 16 < 8 ? x : y;
+    const uint32_t bits = j % 16 < 8 ? word & 0xffff : word >> 16;
+    return bits < c_.dropout_steps ? 0.0 : 65536.0 / (65536.0 - c_.dropout_steps);
   }
 
   static constexpr double kTanhError = 1.0 / 2048;
