@@ -196,7 +196,8 @@ MUTANTS = {
         (KERNEL, "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n", "")),
     "mask-left-out": (
         "window-(70,3)", (192, 128),
-        (KERNEL, "rule.apply_transposed(", "if (kGeneral) rule.apply_transposed(")),
+        (KERNEL, "rule.template apply_transposed<",
+         "if (kGeneral) rule.template apply_transposed<")),
     "stage-of-the-other-block-not-waited-for": (
         "gqa-6-3-causal", CLUSTER_DIMS,
         (KERNEL, "mbarrier_arrive_remote(free, other)", ""),
