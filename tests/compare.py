@@ -151,7 +151,7 @@ def judge_masked(actual, reference):
             assert not rows.any(), f"{name}: {np.count_nonzero(rows)} non-zeros for unseen keys"
 
 
-def judge_all(actual, reference, low, arrays):
+def judge_all(actual, reference, low, arrays, gradient_factor=GRADIENT_FACTOR):
     """Every output and gradient that `actual` has."""
     is_float32 = np.asarray(actual["out"]).dtype == np.float32
     slack = FLOAT32_SLACK if is_float32 else 1
@@ -162,7 +162,7 @@ def judge_all(actual, reference, low, arrays):
             gradient, like = np.asarray(actual[name]), np.asarray(arrays[name])
             assert gradient.dtype == like.dtype, f"gradient of {name}: dtype {gradient.dtype}"
             judge(
-                f"gradient of {name}", gradient, reference[name], low[name], slack * GRADIENT_FACTOR
+                f"gradient of {name}", gradient, reference[name], low[name], slack * gradient_factor
             )
     if "sinks" in actual:
         judge_sinks(actual["sinks"], reference, np.asarray(arrays["query"]).dtype)

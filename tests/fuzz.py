@@ -17,7 +17,7 @@ import traceback
 import jax
 import numpy as np
 from cases import CASES, LENGTHS, Case
-from compare import expected, judge_all, run
+from compare import GRADIENT_FACTOR, expected, judge_all, run
 from emulator import kernels
 from test_emulator import judge_bias_along_keys
 
@@ -193,7 +193,9 @@ def judge_call(case, dtype, actual):
     if one_per_row and dtype != "float32" and "bias" in actual:
         actual = dict(actual)
         judge_bias_along_keys(np.asarray(actual.pop("bias")), reference, case, dtype)
-    judge_all(actual, reference, low, case.arrays(dtype))
+    # Dropout leaves few terms, and the largest error of `low` is then that of a small sample.
+    factor = GRADIENT_FACTOR + ("dropout_rate" in case.options)
+    judge_all(actual, reference, low, case.arrays(dtype), factor)
 
 
 def check(seed, way, family="auto"):
