@@ -248,8 +248,8 @@ NB_MODULE(_ext, m) {
   m.attr("xla_ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.def("handlers", [] {
     nb::dict out;
-    out["jax_flashattn_fwd_v1"] = capsule(kForward);
-    out["jax_flashattn_bwd_v1"] = capsule(kBackward);
+    out["jax_flashattn_fwd_v2"] = capsule(kForward);
+    out["jax_flashattn_bwd_v2"] = capsule(kBackward);
     return out;
   });
   m.def("build_info", &build_info);

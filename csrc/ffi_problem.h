@@ -2,6 +2,7 @@
 // so nothing that Python checks is taken for granted.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -93,7 +94,8 @@ class Reader {
   HeadNumbers head_numbers(const char* name, const ffi::AnyBuffer& x, const Shape& shape) {
     HeadNumbers numbers;
     if (absent(x)) return numbers;
-    const int64_t batch = dims(x).front() == 1 ? 1 : shape.batch;
+    const Dims own = dims(x);
+    const int64_t batch = !own.empty() && own[0] == 1 ? 1 : shape.batch;
     numbers.data = static_cast<const float*>(data(name, x, ffi::F32, {batch, shape.heads}));
     numbers.batch_stride = batch > 1 ? shape.heads : 0;
     return numbers;
@@ -178,7 +180,8 @@ inline Problem read_problem(Reader& reader, const Operands& in, const ffi::AnyBu
   p.visibility.q_lengths = reader.lengths("query_seq_lengths", in.q_lengths, shape.batch);
   p.visibility.k_lengths = reader.lengths("key_value_seq_lengths", in.k_lengths, shape.batch);
 
-  reader.expect(attributes.soft_cap >= 0, "a soft cap must not be negative");
+  reader.expect(attributes.soft_cap >= 0 && std::isfinite(attributes.soft_cap),
+                "a soft cap must be finite and not negative");
   p.scores.soft_cap = attributes.soft_cap;
   p.scores.alibi_slopes = reader.head_numbers("alibi_slopes", in.alibi_slopes, shape);
   p.scores.sinks = reader.head_numbers("sinks", in.sinks, shape);

@@ -85,7 +85,7 @@ kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
 found = Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
 print("collectives of the compiled step:", dict(found))
 if on_gpu:
-    print("the kernels in it:", set(re.findall(r"jax_flashattn_\w+_v1", hlo)))
+    print("the kernels in it:", set(re.findall(r"jax_flashattn_\w+_v2", hlo)))
 assert not found.keys() - {"all-reduce"}, "something was gathered; gradients need all-reduce only"
 
 for where, curve in {"sharded": losses, "on one device": alone}.items():

@@ -45,7 +45,7 @@ def train(attention: str, build: Callable, steps: int, dtype: str) -> np.ndarray
     state, step = build(attention, jnp.dtype(dtype))
     program = jax.jit(step).lower(state, windows(text, 0)).compile()
     if attention == OURS and jax.default_backend() == "gpu" and dtype != "float32":
-        for kernel in ("jax_flashattn_fwd_v1", "jax_flashattn_bwd_v1"):
+        for kernel in ("jax_flashattn_fwd_v2", "jax_flashattn_bwd_v2"):
             assert kernel in str(program.as_text()), f"{kernel} is not in the compiled step"
             print(f"the compiled training step calls {kernel}")
     losses, start = [], time.perf_counter()

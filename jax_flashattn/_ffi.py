@@ -18,8 +18,8 @@ import numpy as np
 from jax_flashattn._checks import MAX_INT32
 from jax_flashattn._options import Operands, Options
 
-FORWARD_TARGET = "jax_flashattn_fwd_v1"
-BACKWARD_TARGET = "jax_flashattn_bwd_v1"
+FORWARD_TARGET = "jax_flashattn_fwd_v2"
+BACKWARD_TARGET = "jax_flashattn_bwd_v2"
 
 # Opt-in shared memory per block, CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability"; the device decides at run time, this only serves `explain`.

@@ -175,7 +175,7 @@ def test_packing_on_the_gpu():
 @pytest.mark.gpu
 def test_sharding_memory_and_rematerialisation_on_the_gpu():
     output = run(SHARDED, platform="cuda")
-    assert "'jax_flashattn_bwd_v1'" in output
+    assert "'jax_flashattn_bwd_v2'" in output
     sharded_run(output)
     output = run("06_long_context.py", platform="cuda")
     assert output.startswith("cuda:")
@@ -219,8 +219,8 @@ def test_training_on_the_gpu(tmp_path, name, theirs):
     output = run(
         name, "--steps", 50, "--compare", "--output", tmp_path / "loss.png", platform="cuda"
     )
-    assert "the compiled training step calls jax_flashattn_fwd_v1" in output
-    assert "the compiled training step calls jax_flashattn_bwd_v1" in output
+    assert "the compiled training step calls jax_flashattn_fwd_v2" in output
+    assert "the compiled training step calls jax_flashattn_bwd_v2" in output
     first, last = first_and_last(output, "jax_flashattn")
     assert last < first - 2.5
 
@@ -276,5 +276,5 @@ def test_a_step_without_kernels_is_found_out(training, monkeypatch):
     def build(attention, dtype):
         return jnp.float32(0), lambda state, text: (state, jnp.mean(text, dtype=dtype))
 
-    with pytest.raises(AssertionError, match="jax_flashattn_fwd_v1 is not in the compiled step"):
+    with pytest.raises(AssertionError, match="jax_flashattn_fwd_v2 is not in the compiled step"):
         training.train(training.OURS, build, 1, "bfloat16")

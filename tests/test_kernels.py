@@ -64,7 +64,7 @@ def test_none_picks_the_kernels(case):
     named = run(case, "bfloat16", gradients=False, implementation="cuda")
     assert_same_bits(run(case, "bfloat16", gradients=False), named)
     text = jax.jit(attention).lower(*_inputs((1, 64, 2, 64))).compile().as_text()
-    assert "jax_flashattn_fwd_v1" in text
+    assert "jax_flashattn_fwd_v2" in text
 
 
 @some_cases("dense-1000x1000", "window-narrow-1000", "gqa-6-3-causal", "dim-192-value-128",

@@ -116,7 +116,7 @@ def test_the_dropout_rate_is_rounded_to_what_kernels_have():
     assert steps(1 - 2.0**-20) == 2**16 - 1  # never all
 
 
-@pytest.mark.parametrize("scores", ["bias, mask or a scale on the device: general scores", "plain"])
+@pytest.mark.parametrize("scores", ["general scores", "plain scores"])
 def test_explain_names_what_made_scores_general(monkeypatch, scores):
     """Whether they are is the kernels' to say; which operands did it is seen here."""
     plan = _ffi.Plan("sm90", 64, 128, 128, 12, 1, 1, 1, "schedule", f"capability 9.0; {scores}")
@@ -136,9 +136,9 @@ def test_explain_names_what_made_scores_general(monkeypatch, scores):
     }
     for name, options in features.items():
         general = f"capability 9.0; general scores ({name})"
-        assert reason(**options) == (general if scores != "plain" else plan.why)
+        assert reason(**options) == (general if scores != "plain scores" else plan.why)
     both = reason(bias=jnp.zeros((T, S)), logits_soft_cap=2.0)
-    assert ("(bias, logits_soft_cap)" in both) == (scores != "plain")
+    assert ("(bias, logits_soft_cap)" in both) == (scores != "plain scores")
 
 
 # Packed sequences --------------------------------------------------------------------------------

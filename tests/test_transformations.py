@@ -308,11 +308,11 @@ def _half_gradient(*arrays):
 def test_cuda_lowering_calls_the_kernels():
     shapes = [jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)] * 3
     lowered = jax.jit(_half_gradient).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-    assert "@jax_flashattn_fwd_v1" in lowered
-    assert "@jax_flashattn_bwd_v1" in lowered
+    assert "@jax_flashattn_fwd_v2" in lowered
+    assert "@jax_flashattn_bwd_v2" in lowered
     assert "dot_general" not in lowered
     on_cpu = jax.jit(_half_gradient).lower(*shapes).as_text()
-    assert "jax_flashattn_fwd_v1" not in on_cpu
+    assert "jax_flashattn_fwd_v2" not in on_cpu
 
 
 @needs_kernels
@@ -321,7 +321,7 @@ def test_cuda_export():
     exported = jax.export.export(
         jax.jit(_half_gradient), platforms=["cuda"], disabled_checks=export_disabled_checks()
     )(*shapes)
-    assert "jax_flashattn_bwd_v1" in exported.mlir_module()
+    assert "jax_flashattn_bwd_v2" in exported.mlir_module()
     with pytest.raises(ValueError, match="jax_flashattn"):
         jax.export.export(jax.jit(_half_gradient), platforms=["cuda"])(*shapes)
 

@@ -84,8 +84,8 @@ def sharded(gpus, case, specs, deterministic):
     function = functools.partial(results, deterministic=deterministic)
     compiled = jax.jit(function).lower(*placed).compile()
     text = compiled.as_text()
-    assert "jax_flashattn_fwd_v1" in text
-    assert "jax_flashattn_bwd_v1" in text
+    assert "jax_flashattn_fwd_v2" in text
+    assert "jax_flashattn_bwd_v2" in text
     actual = compiled(*placed)
     assert actual["out"].sharding.is_equivalent_to(shardings[1], 4)
     return actual, collectives(compiled)
@@ -214,6 +214,6 @@ def test_training_on_a_mesh(gpus, sizes, tmp_path, monkeypatch):
     (tmp_path / SHARDED).write_text(text.replace(line, f"sizes = {sizes}\n"))
     output = run(tmp_path / SHARDED, platform="cuda")
     assert f"mesh: {dict(zip(('data', 'model'), sizes, strict=True))} of NVIDIA" in output
-    assert "'jax_flashattn_fwd_v1'" in output
-    assert "'jax_flashattn_bwd_v1'" in output
+    assert "'jax_flashattn_fwd_v2'" in output
+    assert "'jax_flashattn_bwd_v2'" in output
     sharded_run(output)

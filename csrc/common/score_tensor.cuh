@@ -13,7 +13,6 @@ namespace jfa {
 
 template <int kWords>
 struct ScoreWords {
-  static constexpr int kCount = kWords;
   uint32_t v[kWords];
 };
 

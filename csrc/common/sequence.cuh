@@ -104,11 +104,11 @@ struct Sequence {
   }
   __device__ __forceinline__ bool is_seen(int j) const { return is_formula() || !rows(j).empty(); }
 
-  // Whether row i sees all of keys(i), or those of its own segment; the same of key j and rows(j).
   // Of rows below q_len: whether one is a token of a sequence, and no gap between packed ones.
   __device__ __forceinline__ bool belongs(int i) const {
     return !has_table() || i >= q_len || (load_global(table_rows().token(i) + 3) & kBelongs) != 0;
   }
+  // Whether row i sees all of keys(i), or those of its own segment; the same of key j and rows(j).
   __device__ __forceinline__ bool sees_all_keys(int i) const {
     return !has_segments() || i >= q_len || (load_global(table_rows().token(i) + 3) & kSeesAll) != 0;
   }

@@ -10,8 +10,8 @@ namespace jfa::sm90 {
 // shared memory; tiles of kK keys, and of their values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is
 // needed until the scores of the next one have been issued: two places are the least for them, for values one.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kQueryPlaces_, int kKeyPlaces_,
-          int kValuePlaces_, unsigned kReads_ = kVisibility>
-struct BackwardQueryTile {
+          int kValuePlaces_, unsigned kReads = kVisibility>
+struct BackwardQueryTile : TileReads<kReads> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -21,8 +21,6 @@ struct BackwardQueryTile {
   static constexpr int kQueryPlaces = kQueryPlaces_;
   static constexpr int kKeyPlaces = kKeyPlaces_;
   static constexpr int kValuePlaces = kValuePlaces_;
-  static constexpr unsigned kReads = kReads_;
-  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static_assert(kQueryPlaces <= 2, "items are published for two");
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -49,38 +47,38 @@ struct BackwardQueryTiles;
 template <>
 struct BackwardQueryTiles<64, 64> {
   using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;
-  using Formula = Plain;
-  using General = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
+  using General = Plain;
+  using Reading = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<96, 96> {
   using Plain = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2>;
-  using Formula = Plain;
-  using General = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
+  using General = Plain;
+  using Reading = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<128, 128> {
   using Plain = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2>;
-  using Formula = Plain;
-  using General = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
+  using General = Plain;
+  using Reading = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 128> {
   using Plain = BackwardQueryTile<192, 128, 2, 80, 1, 3, 2>;
-  using Formula = Plain;
-  using General = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
+  using General = Plain;
+  using Reading = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
   using Plain = BackwardQueryTile<192, 192, 2, 80, 1, 2, 2>;
-  using Formula = Plain;
-  using General = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
+  using General = Plain;
+  using Reading = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<256, 256> {
   using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;
-  using Formula = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2>;
-  using General = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
+  using General = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2>;
+  using Reading = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardQueryTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
@@ -89,8 +87,8 @@ template <int kHeadDim, class F>
 auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
-    if (reads_scores(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-    if (is_general(p)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
+    if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

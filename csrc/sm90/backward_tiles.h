@@ -20,16 +20,14 @@ enum class QueryShare {
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
 // come through a ring of kStages places.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads_ = kVisibility>
-struct BackwardTile {
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads = kVisibility>
+struct BackwardTile : TileReads<kReads> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kQ = kQ_;
   static constexpr int kK = kWarpgroups * kWarpgroupRows;
   static constexpr int kStages = 2;
   static constexpr QueryShare kShare = kShare_;
-  static constexpr unsigned kReads = kReads_;
-  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
@@ -55,25 +53,25 @@ struct BackwardTiles {
   using Dense = BackwardTile<kHeadDim, 2, 80, QueryShare::kColumns>;  // 4k: 515 (64 queries: 497), 16k: 543 (523)
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
-  using Formula = Long;
+  using General = Long;
   // 64 queries spill while they read a bias
-  using General = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
+  using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<96> {
   using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;
   using Long = Dense;
   using Short = Long;
-  using Formula = Long;
-  using General = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
+  using General = Long;
+  using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<64> {
   using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns, kNothing>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
   using Long = Dense;                                                   // causal 4k: 449 (423)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows, kNothing>;  // 1k: 386 (371); causal 1k: 291 (295)
-  using Formula = BackwardTile<64, 2, 64, QueryShare::kTurns>;
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
+  using General = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -82,9 +80,9 @@ auto with_backward_tile(const Problem& p, F&& f) {
   // Below, tiles of 64 and 128 leave less of a rest: d 128 at 512 tokens 380 against 361 of 80 queries.
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
-  if (reads_scores(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  if (is_general(p)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
-  if (!is_formula(p.visibility)) return f(Type<typename Tiles::Formula>{}, std::false_type{});
+  if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+  if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+  if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

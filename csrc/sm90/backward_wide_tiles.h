@@ -14,8 +14,8 @@ namespace jfa::sm90 {
 // The two blocks of a cluster work on neighbouring key tiles of one head. Each loads half of every tile of Q and dO
 // into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kQ_, int kStages_, int kCluster_ = 1, int kHeldSteps_ = 0,
-          unsigned kReads_ = kVisibility>
-struct BackwardWideTile {
+          unsigned kReads = kVisibility>
+struct BackwardWideTile : TileReads<kReads> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kStages = kStages_;
@@ -30,8 +30,6 @@ struct BackwardWideTile {
   // So many steps of 16 columns of K and of V are held in registers. A product of 64 x 32 x 16 whose operands both lie
   // in shared memory reads 3 KB of it, at 128 bytes a cycle, in the time of 16 cycles; with K in registers 1 KB.
   static constexpr int kHeldSteps = kHeldSteps_;
-  static constexpr unsigned kReads = kReads_;
-  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
   static constexpr int kThreads = 3 * kWarpgroupThreads;
 
   // Registers of a thread, as in ForwardTile.
@@ -56,22 +54,22 @@ struct BackwardWideTiles;
 template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
-  using Formula = BackwardWideTile<192, 128, 64, 3, 1, 6>;
-  using General = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
+  using General = BackwardWideTile<192, 128, 64, 3, 1, 6>;
+  using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
-  using Formula = BackwardWideTile<192, 192, 64, 3, 1, 2>;
-  using General = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
+  using General = BackwardWideTile<192, 192, 64, 3, 1, 2>;
+  using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<256, 256> {
   // 1k: 463 (no cluster, held 14: 449), 4k: 612 (598), 16k: 648 (629); causal 385 (371), 559 (563), 643 (640).
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
-  using Formula = BackwardWideTile<256, 256, 32, 4, 2, 4>;
-  using General = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
+  using General = BackwardWideTile<256, 256, 32, 4, 2, 4>;
+  using Reading = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardWideTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are
@@ -80,8 +78,8 @@ template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardWideTiles<kHeadDim, value_dim.value>;
-    if (reads_scores(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-    if (is_general(p)) return f(Type<typename Tiles::Formula>{}, std::true_type{});
+    if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

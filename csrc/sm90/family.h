@@ -41,10 +41,10 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
     switch (forward_kind(p, multiprocessors)) {
-      case ForwardKind::kFormula:
-        return f(Type<typename Tiles::Formula>{}, std::true_type{});
       case ForwardKind::kGeneral:
         return f(Type<typename Tiles::General>{}, std::true_type{});
+      case ForwardKind::kReading:
+        return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:
         return f(Type<typename Tiles::Short>{}, std::false_type{});
       case ForwardKind::kLong:

@@ -20,6 +20,12 @@ enum Reads : unsigned {
   kScoreTensors = 2,  // a bias or a mask, from device memory
   kStagedBias = 4,    // a bias that TMA copies to shared memory
 };
+template <unsigned kReads>
+struct TileReads {
+  static constexpr bool kAnyVisibility = kReads & kVisibility;
+  static constexpr bool kReadsScores = kReads & kScoreTensors;
+  static constexpr bool kStagesBias = kReads & kStagedBias;
+};
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Tiles of kK keys and of their
 // values share a ring of kSlots places. Q in registers frees its place in shared memory for the next query tile.
@@ -27,8 +33,8 @@ enum Reads : unsigned {
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1, unsigned kReads_ = kVisibility>
-struct ForwardTile {
+          int kCluster_ = 1, unsigned kReads = kVisibility>
+struct ForwardTile : TileReads<kReads> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -38,9 +44,7 @@ struct ForwardTile {
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
-  static constexpr unsigned kReads = kReads_;
-  static constexpr bool kAnyVisibility = kReads & kVisibility, kReadsScores = kReads & kScoreTensors;
-  static constexpr bool kStagesBias = kReads & kStagedBias;
+  static constexpr bool kStagesBias = TileReads<kReads>::kStagesBias;
   static_assert(!kStagesBias || kCluster == 1, "the blocks of a cluster do not load biases for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
@@ -67,24 +71,23 @@ struct ForwardTile {
   static constexpr int kSharedBytes = kBytesBeforeOutput + (kStoreByTma ? kOutputBytes : 0);
 };
 
-// Of general scores.
+// Of general scores: worked out, with a bias that comes by TMA; or read from memory by the threads that use them.
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
-using FormulaTile =
+using GeneralTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedBias>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using ReadingTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kScoreTensors>;
 
-// For each pair of head dim and value dim: what each kind of call runs. General scores are worked out by a formula,
-// with a bias that comes by TMA, or read from memory by the threads that use them. Figures are TFLOP/s on an H200,
-// 16384 tokens x 2048 columns in all, against the next best tile tried.
+// For each pair of head dim and value dim: what each kind of call runs. Figures are TFLOP/s on an H200, 16384 tokens x
+// 2048 columns in all, against the next best tile tried.
 template <int kHeadDim, int kValueDim>
 struct ForwardTiles {
   using Dense = ForwardTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Long = Dense;
   using Short = Dense;
-  using Formula = FormulaTile<kHeadDim, kValueDim, 2, 64, 4, false>;
-  using General = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using General = GeneralTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
 };
 
 template <>
@@ -92,40 +95,40 @@ struct ForwardTiles<64, 64> {
   using Dense = ForwardTile<64, 64, 3, 128, 6, false, 1, kNothing>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
   using Long = ForwardTile<64, 64, 3, 96, 6, true>;                  // causal 4k: 438 (2x128: 431), 16k: 513 (472)
   using Short = ForwardTile<64, 64, 2, 128, 6, true>;                // causal 1k: 330 (3x96: 289)
-  using Formula = FormulaTile<64, 64, 2, 128, 6, true>;
-  using General = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
+  using General = GeneralTile<64, 64, 2, 128, 6, true>;
+  using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
 struct ForwardTiles<96, 96> {
   using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 4k: 581 (without cluster 561)
   using Long = Dense;                                     // causal 4k: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
-  using Formula = FormulaTile<96, 96, 2, 128, 4, true>;
-  using General = ReadingTile<96, 96, 2, 96, 5, false>;
+  using General = GeneralTile<96, 96, 2, 128, 4, true>;
+  using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
 };
 template <>
 struct ForwardTiles<128, 128> {
   using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
   using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
-  using Formula = FormulaTile<128, 128, 2, 128, 4, false>;
-  using General = ReadingTile<128, 128, 2, 80, 6, false>;
+  using General = GeneralTile<128, 128, 2, 128, 4, false>;
+  using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
 };
 template <>
 struct ForwardTiles<192, 128> {
   using Dense = ForwardTile<192, 128, 2, 128, 3, false>;  // causal 8k: 620; no other tile was tried
   using Long = Dense;
   using Short = Dense;
-  using Formula = FormulaTile<192, 128, 2, 64, 6, false>;
-  using General = ReadingTile<192, 128, 2, 64, 6, false>;
+  using General = GeneralTile<192, 128, 2, 64, 6, false>;
+  using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<192, 192> {
   using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 4k: 703 (2x64: 697)
   using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal 4k: 564 (2x96: 536)
   using Short = Long;
-  using Formula = FormulaTile<192, 192, 2, 64, 5, false>;
-  using General = ReadingTile<192, 192, 2, 64, 6, false>;
+  using General = GeneralTile<192, 192, 2, 64, 5, false>;
+  using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<256, 256> {
@@ -133,11 +136,11 @@ struct ForwardTiles<256, 256> {
       ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;   // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;     // causal 1k: 432 (with cluster 425)
-  using Formula = FormulaTile<256, 256, 2, 32, 6, false>;
-  using General = ReadingTile<256, 256, 2, 32, 6, false>;
+  using General = GeneralTile<256, 256, 2, 32, 6, false>;
+  using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
-enum class ForwardKind { kDense, kLong, kShort, kFormula, kGeneral };
+enum class ForwardKind { kDense, kLong, kShort, kGeneral, kReading };
 
 // Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
 // of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
@@ -160,7 +163,7 @@ inline bool is_dense(const Problem& p) {
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p)) return reads_without_tma(p) ? ForwardKind::kGeneral : ForwardKind::kFormula;
+  if (is_general(p)) return reads_without_tma(p) ? ForwardKind::kReading : ForwardKind::kGeneral;
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
