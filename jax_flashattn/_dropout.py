@@ -2,9 +2,11 @@
 
 Philox2x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, who
 find that it passes BigCrush), keyed for each batch entry and head. Rows and keys are counted in
-blocks of 16 x 16; the counter names the four scores (r, c), (r, c + 8), (r + 8, c) and
-(r + 8, c + 8) of a block, which one thread of a GPU holds in every layout that the kernels have,
-and each of them gets 16 of the 64 bits.
+blocks of 16 x 32; the counter names the eight scores (r, c), (r + 8, c), (r, c + 8), (r + 8, c + 8)
+and the same 16 keys further on, which one thread of a GPU holds. Each gets 16 bits: a byte of the
+64 that is its own, and below it one that all eight share. So every score is dropped with exactly
+the rate; and because what is shared decides only where a score's own byte equals the rate's, two
+of the eight are correlated by less than 2^-18 / (rate (1 - rate)).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from jax_flashattn._options import DROPOUT_STEPS, Options
 
 ROUNDS = 7
 MULTIPLIER, KEY_STEP = 0xD256D193, 0x9E3779B9
+SHARE = 0x9E3779B9  # odd: its multiples are uniform
 
 
 def keep(seeds, row, key, options: Options):
@@ -32,10 +35,12 @@ def keep(seeds, row, key, options: Options):
 def random_bits(seeds, row, key):
     """16 uniform bits for each score, as uint32."""
     first, second = philox2x32(
-        row // 16 * 8 + row % 8, (key // 16 * 8 + key % 8) ^ seeds[..., 1], seeds[..., 0]
+        row // 16 * 8 + row % 8, (key // 32 * 8 + key % 8) ^ seeds[..., 1], seeds[..., 0]
     )
-    word = jnp.where(row % 16 < 8, first, second)
-    return jnp.where(key % 16 < 8, word & 0xFFFF, word >> 16)
+    word = jnp.where(key % 32 < 16, first, second)
+    own = word >> (row // 8 % 2 * 8 + key // 8 % 2 * 16) & 0xFF
+    shared = (first * jnp.uint32(SHARE) + second) >> 24
+    return own << 8 | shared
 
 
 def philox2x32(first, second, key, rounds: int = ROUNDS):

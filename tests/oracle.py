@@ -96,14 +96,16 @@ def kept(seeds, q_len, k_len, rate, first_row=0, first_key=0):
     seeds = np.asarray(seeds).astype(np.uint64)[:, :, None, None]
     key = seeds[..., 0]
     first = np.broadcast_to(i // 16 * 8 + i % 8, (q_len, k_len)).astype(np.uint64)
-    second = (j // 16 * 8 + j % 8).astype(np.uint64) ^ seeds[..., 1]
+    second = (j // 32 * 8 + j % 8).astype(np.uint64) ^ seeds[..., 1]
     mask = np.uint64(2**32 - 1)
     for _ in range(7):
         product = np.uint64(0xD256D193) * first
         first, second = (product >> np.uint64(32)) ^ key ^ second, product & mask
         key = (key + np.uint64(0x9E3779B9)) & mask
-    word = np.where(i % 16 < 8, first, second)
-    bits = np.where(j % 16 < 8, word & np.uint64(0xFFFF), word >> np.uint64(16))
+    shared = (first * np.uint64(0x9E3779B9) + second & mask) >> np.uint64(24)
+    place = (np.where(i % 16 < 8, 0, 8) + np.where(j % 16 < 8, 0, 16)).astype(np.uint64)
+    own = np.where(j % 32 < 16, first, second) >> place & np.uint64(0xFF)
+    bits = 256 * own + shared
     return np.where(bits >= steps, 1 / (1 - steps / 2**16), 0)
 
 

@@ -72,8 +72,19 @@ def test_bits_are_uniform():
     mean = bits.size / 256
     chi_square = ((counts - mean) ** 2 / mean).sum()
     assert abs(chi_square - 255) < 4 * math.sqrt(2 * 255)
-    low = np.bincount((bits.ravel() % 256).astype(int), minlength=256)
-    assert abs(((low - mean) ** 2 / mean).sum() - 255) < 4 * math.sqrt(2 * 255)
+    low = bits[:, :, np.arange(256) % 16 < 8][..., np.arange(256) % 32 < 8] % 256
+    counts = np.bincount(low.ravel().astype(int), minlength=256)
+    assert abs(((counts - mean / 8) ** 2 / (mean / 8)).sum() - 255) < 4 * math.sqrt(2 * 255)
+
+
+def test_eight_scores_share_their_lower_bits():
+    """And no more scores do; each score's upper bits are its own."""
+    bits = random_bits(4, batch=1, heads=1, rows=32, keys=64)[0, 0]
+    low = (bits % 256).reshape(2, 2, 8, 2, 4, 8)  # blocks of 16 x 32, of 2 x 4 octets
+    np.testing.assert_array_equal(low, np.broadcast_to(low[:, :1, :, :, :1], low.shape))
+    one, high = low[:, 0, :, :, 0].ravel(), (bits // 256).ravel()
+    for x in (one, high):
+        assert abs((x == np.roll(x, 1)).mean() - 1 / 256) < 0.02
 
 
 @pytest.mark.parametrize("shift", [1, 2, 7, 8, 9, 15, 16, 17, 32, 64, 128])

@@ -305,8 +305,8 @@ MUTANTS = {
         "dense-1000x1000"),
     "probabilities-packed-early": (
         "forward.cuh",
-        "wgmma_wait<0>();\n      release(v_slot);\n      to_operand<Element>(p, s);",
-        "to_operand<Element>(p, s);\n      wgmma_wait<0>();\n      release(v_slot);",
+        "wgmma_wait<0>();\n      release(v_slot);\n      take_probabilities(s, kept);",
+        "take_probabilities(s, kept);\n      wgmma_wait<0>();\n      release(v_slot);",
         "dense-127x129"),
     "no-proxy-fence": (
         "forward_store.cuh",
@@ -333,7 +333,7 @@ MUTANTS = {
         "mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);", "",
         "bias-aligned-1x2x150x264"),
     "bias-given-back-while-it-is-read": (
-        "forward_bias.cuh", "      settle_loads(pairs);\n", "", "bias-aligned-1x2x150x264"),
+        "forward_bias.cuh", "settle_loads(loaded);", "", "bias-aligned-1x2x150x264"),
     "bias-of-the-first-entry": (
         "forward_bias.cuh", "bias.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
     "item-not-kept-for-the-bias": (

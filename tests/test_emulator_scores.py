@@ -93,12 +93,23 @@ class Unseen(Case):
         return max(self.q_len - self.k_len, 0), max(self.k_len - self.q_len - left, 0)
 
 
-@pytest.mark.parametrize("family", ["sm80", "sm90"])
+# Of calls whose scores are general, one for each kind of tile of the Hopper forward and backward.
+SINKS = {"alibi": (2,), "sinks": (2,)}
+KINDS = {
+    "reading": dataclasses.replace(CASES["dropout-window-cap"], alibi=(2,)),
+    "biased": dataclasses.replace(CASES["bias-aligned-1x2x150x264"], **SINKS),
+    "dropping": Case("dropping", 150, options={"dropout_rate": 0.3, "is_causal": True}, **SINKS),
+    "dense": Case("dense", 150, options={"logits_soft_cap": 2.0}, **SINKS),
+    "general": Case("general", 150, options={"logits_soft_cap": 2.0, "is_causal": True}, **SINKS),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("sm80", "reading"), *(("sm90", kind) for kind in KINDS)]
+)
 @pytest.mark.parametrize("dims", [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)], ids=str)
-def test_every_tile(dims, family):
-    """Everything at once, in the tiles of each head dim."""
-    case = dataclasses.replace(CASES["dropout-window-cap"], alibi=(2,))
-    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
+def test_every_tile(dims, family, kind):
+    case = dataclasses.replace(KINDS[kind], head_dim=dims[0], value_dim=dims[1])
     for deterministic in (False, True):
         check(case, "float16", family=family, deterministic=deterministic, multiprocessors=2)
 
@@ -108,7 +119,7 @@ def test_every_tile(dims, family):
 @pytest.mark.parametrize("route", [r for r in ROUTES if r != "sm80"])
 @pytest.mark.parametrize("extents", [(20, 150), (150, 20)], ids=["keys", "rows"])
 def test_what_dropout_begins_with_does_not_leak(route, extents):
-    """Its tiles begin at multiples of 16, before the first key or row that is seen."""
+    """Its tiles begin at multiples of 32 keys and 16 rows, before the first that are seen."""
     options = {"dropout_rate": 0.2, "local_window_size": (5, 0), "causal_alignment": "bottom_right"}
     case, options = on_route(Unseen("unseen", *extents, options=options), route)
     actual, desired = (
@@ -131,7 +142,6 @@ def test_a_rate_that_drops_nothing(route):
 # File, what to replace, by what, the case that must notice, and the route.
 SCORES, SOFTMAX, SEQUENCE = "common/scores.cuh", "common/softmax.cuh", "common/sequence.cuh"
 DROPOUT, CLEAR = "common/dropout.cuh", "clear_marked(s);"
-DROPS = "kGeneral && has_dropout(a.p.scores)"
 DERIVATIVE = "slopes.multiply_into({});"
 MUTANTS = {
     "derivative-sm80": (
@@ -169,24 +179,45 @@ MUTANTS = {
         DROPOUT, "p.v[r][c] < 0.0f ? 0.0f : dp", "dp", "dropout", "sm80-deterministic"),
     "probabilities-not-dropped-sm80": ("sm80/backward.cuh", CLEAR, ";", "dropout", "sm80"),
     "probabilities-not-dropped-sm90": (
-        "sm90/backward.cuh", f"if ({DROPS}) {CLEAR}", ";", "dropout", "sm90"),
+        "sm90/backward.cuh", f"if (dropping) {CLEAR}", ";", "dropout", "sm90"),
     "probabilities-not-dropped-wide": (
-        "sm90/backward_wide.cuh", f"if ({DROPS}) {CLEAR}", ";", "dropout", "sm90-wide"),
+        "sm90/backward_wide.cuh", f"if (drops<Shape>(a.p.scores)) {CLEAR}", ";", "dropout",
+        "sm90-wide"),
     "bits-of-another-row": (
-        DROPOUT, "counter(at.first_row)", "counter(at.first_row + 16)", "dropout", "sm80"),
-    "bits-of-another-key": (
-        DROPOUT, "col + n / 2 * 8 + n % 2", "col + n / 2 * 8", "dropout", "sm80"),
-    "bits-not-transposed": (
-        DROPOUT, "kTransposed ? philox(col_counter, row_counter) : philox", "philox",
-        "dropout", "sm90"),
+        DROPOUT, "counter_of_row(row) + r * 4", "counter_of_row(row + 16) + r * 4",
+        "dropout", "sm80"),
+    "bits-of-another-key": (DROPOUT, "c / 8 * 8 + c % 2", "c / 8 * 8", "dropout", "sm80"),
+    "bits-of-another-query": (DROPOUT, "c / 4 * 8 + c % 2", "c / 4 * 8", "dropout", "sm90"),
     "bits-of-the-other-half": (
-        DROPOUT, "kTransposed ? p.v[r + 1][c] : p.v[r][c + 2]", "p.v[r][c + 2]",
+        DROPOUT, "first_key % 32 < 16 ? words.x : words.y", "words.x", "dropout", "sm90"),
+    "bits-of-the-other-octet": (
+        DROPOUT, "kTransposed ? p.v[r + n / 2][c + n % 2 * 2] : p", "p", "dropout", "sm90"),
+    "bits-that-are-not-shared": (
+        DROPOUT, "term_ - kOneInEachByte", "term_", "dropout", "sm80"),
+    "rates-above-one-half": (
+        DROPOUT, "whole < 128 ? ~0u : 0u", "~0u", "dropout-high-65x200", "sm80"),
+    "operand-with-the-wrong-bits": (
+        DROPOUT, "0x4400 + n * 0x1111", "0x4400", "dropout", "sm90"),
+    "operand-with-bits-of-another-key": (
+        DROPOUT, "kept[c / 4][c % 2]", "kept[c / 4][1 - c % 2]", "dropout", "sm90"),
+    "operand-that-is-not-dropped": (
+        "sm90/forward.cuh", "if constexpr (Shape::kDrops) drop_packed(p, kept);", ";",
         "dropout", "sm90"),
+    "probabilities-beside-a-bias-not-dropped": (
+        "sm90/forward.cuh", "bits.drop(s, at);", ";", "dropout-window-cap", "sm90"),
+    "transposed-hidden": (
+        SCORES, "if (!hides) return;", "return;", "alibi-causal-bottom-right", "sm90"),
+    "hidden-in-dq": (
+        SCORES, "if (hides) hide_rows(s, at, sequence);", ";",
+        "alibi-causal-bottom-right", "sm90-deterministic"),
+    "transposed-nothing-hidden": (
+        SCORES, "return (kGeneral && kReads) || !is_whole(all, begin, end);", "return false;",
+        "alibi-causal-bottom-right", "sm90"),
     "bits-of-another-head": (
         DROPOUT, "p.shape.heads + h) * 2", "p.shape.heads) * 2", "dropout", "sm80"),
     "a-round-less": (DROPOUT, "round < 7", "round < 6", "dropout", "sm80"),
     "tiles-that-begin-anywhere-sm80": (
-        SEQUENCE, "!= nullptr ? 16 : 1", "!= nullptr ? 1 : 1", "dropout-window-cap", "sm80"),
+        SEQUENCE, "return 32;", "return 1;", "dropout-window-cap", "sm80"),
     "tiles-that-begin-anywhere-sm90": (
         DROPOUT, "x / 16 * 16 : x", "x : x", "dropout-window-cap", "sm90-wide"),
     "alibi-without-offset": (
@@ -216,6 +247,7 @@ MUTANTS = {
 def test_mutant_is_caught(mutant):
     file, old, new, name, route = MUTANTS[mutant]
     case, options = on_route(CASES[name], route)
-    backward = route != "sm90" or "backward" in file or "transposed" in mutant or file == DROPOUT
+    of_keys = "backward" in file or "transposed" in mutant or file == DROPOUT
+    backward = route != "sm90" or (of_keys and "operand" not in mutant)
     with pytest.raises(AssertionError, match=r"off by|inf at other|NaN at other|non-zeros"):
         check(case, "bfloat16", gradients=backward, edits=((file, old, new),), **options)

@@ -154,6 +154,14 @@ __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_floa
 // One instruction since sm_90.
 __device__ __forceinline__ int max_of_3(int a, int b, int c) { return __vimax3_s32(a, b, c); }
 
+// 9.7.9.7 prmt: each byte of the result becomes 0xFF or 0, as the highest bit is of the byte that its nibble of
+// `selector` names: 0 to 3 of a, 4 to 7 of b.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector | 0x8888));
+  return y;
+}
+
 // 1 / x with relative error 2^-23, for normal x (9.7.3.15 rcp). A division would call a function for the other x.
 __device__ __forceinline__ float reciprocal_approximate(float x) {
   float y;

@@ -39,6 +39,8 @@ struct CapSlopes {
 // For those who do not want them.
 struct NoSlopes {
   __device__ __forceinline__ void keep(int, int, float, float) {}
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void multiply_into(Fragment<kRows, kCols>&) const {}
 };
 
 // The scores of one batch entry and head.
@@ -72,6 +74,11 @@ struct ScoreRule {
   __device__ __forceinline__ static bool needs_mask(Interval all, int begin, int end) {
     return kGeneral || !is_whole(all, begin, end);
   }
+  // Whether scores of the tile may be hidden. kReads: there may be a bias or a mask.
+  template <bool kReads>
+  __device__ __forceinline__ static bool may_hide(Interval all, int begin, int end) {
+    return (kGeneral && kReads) || !is_whole(all, begin, end);
+  }
 
   // The first round of what apply() will read from memory. `whole`: no row masks any key of the tile.
   template <int kCols>
@@ -81,15 +88,15 @@ struct ScoreRule {
     if (first.data != nullptr) ScoreReader<false>(first, b, h, at).load(words, 0, 0, at, sequence, whole);
   }
 
-  // Products to scores, in place. Call it where needs_mask() holds. Slopes are CapSlopes or NoSlopes. kReads: there may
-  // be a bias or a mask.
+  // Products to scores, in place. Call it where needs_mask() holds. `hides`: what may_hide() said. Slopes are CapSlopes
+  // or NoSlopes.
   template <bool kReads = true, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
-                                        Slopes& slopes) const {
+                                        bool hides, Slopes& slopes) const {
     ScoreWords<kCols> words;
     if constexpr (kGeneral && kReads) load_ahead(words, at, sequence, false);
     compute_scores<false, kReads>(s, at, sequence, false, words, slopes);
-    hide_rows(s, at, sequence);
+    if (hides) hide_rows(s, at, sequence);
   }
   // The same with what load_ahead() has loaded.
   template <int kRows, int kCols, class Slopes>
@@ -98,24 +105,27 @@ struct ScoreRule {
     compute_scores<false, true>(s, at, sequence, whole, words, slopes);
     if (!whole) hide_rows(s, at, sequence);
   }
-  // The same where there is no mask, and the bias, if any, lies in shared memory already: bias.add() adds it to scores
-  // in log2 units.
+  // The same where nothing is read from memory: bias.add(), where bias.present(), adds what lies in shared memory
+  // already to scores in log2 units.
   template <int kRows, int kCols, class StagedBias>
   __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at,
                                                const Sequence& sequence, bool whole, const StagedBias& bias) const {
-    NoSlopes none;
-    scale_and_cap(s, none);
-    if (bias.present()) bias.add(s);
-    if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
+    if constexpr (kGeneral) {
+      NoSlopes none;
+      scale_and_cap(s, none);
+      if (bias.present()) bias.add(s);
+      if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
+    }
     if (!whole) hide_rows(s, at, sequence);
   }
-  // The same of S^T: rows of the fragment are keys, columns queries. needs_mask() then compares intervals of queries.
+  // The same of S^T: rows of the fragment are keys, columns queries. may_hide() then compares intervals of queries.
   template <bool kReads, int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                   const Sequence& sequence, Slopes& slopes) const {
+                                                   const Sequence& sequence, bool hides, Slopes& slopes) const {
     // In short rounds: nothing is loaded ahead, and the words would need registers beside the products under way.
     ScoreWords<kCols % 8 == 0 ? 8 : 4> words;
     compute_scores<true, kReads>(s, at, sequence, false, words, slopes);
+    if (!hides) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));

@@ -194,9 +194,10 @@ struct Sequence {
 };
 
 // What the first key of a tile is a multiple of: TMA copies a bias from multiples of 16 bytes on, and dropout numbers
-// keys in blocks of 16.
+// keys in blocks of 32.
 __device__ __forceinline__ int key_alignment(const Scores& scores) {
-  return scores.bias.data != nullptr || scores.dropout.seeds != nullptr ? 16 : 1;
+  if (scores.dropout.seeds != nullptr) return 32;
+  return scores.bias.data != nullptr ? 16 : 1;
 }
 
 // The keys that rows of a tile look at, in tiles of kK: those with sinks first, then those of the interval.

@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(BackwardTile<kHeadDim>::kThreads, BackwardTile
     const Interval unmasked = sequence.keys_of_all_rows(i + score_row, i + score_row + Layout::kScoreRows);
     if (rule.needs_mask(unmasked, j + score_col, j + score_col + Layout::kScoreCols)) {
       CapSlopes<Layout::kScoreRows / 8, Layout::kScoreCols / 4> slopes;
-      rule.apply(s, at, sequence, slopes);
+      rule.apply(s, at, sequence, true, slopes);
       if (kGeneral && has_dropout(p.scores)) {
         probabilities_of_rows<true>(s, rule.factor_log2, lse);
         DropoutBits(p, b, h).template mark<false>(s, at);

@@ -41,7 +41,7 @@ __device__ __forceinline__ auto recompute_ds(const RecomputeSmem<kHeadDim>& smem
   ds.clear();
   product<Element, kHeadDim>(ds, RowOperandA<TileQ>(smem.d_o, warp_tile_row), RowOperandB<TileK>(smem.v, 0));
   std::conditional_t<kBeforeCap, CapSlopes<kRows, Shape::kK / 4>, NoSlopes> slopes;
-  rule.apply(s, at, sequence, slopes);
+  rule.apply(s, at, sequence, true, slopes);
   if (has_dropout(p.scores)) {
     probabilities_of_rows<true>(s, rule.factor_log2, lse);
     DropoutBits(p, b, h).template mark<false>(s, at);

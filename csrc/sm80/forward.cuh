@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, ForwardTile<k
     copy_async_commit();
 
     NoSlopes none;
-    if (rule.needs_mask(unmasked, j, j + Shape::kK)) rule.apply(s, Position<>(warp_row, j), sequence, none);
+    if (rule.needs_mask(unmasked, j, j + Shape::kK)) rule.apply(s, Position<>(warp_row, j), sequence, true, none);
     softmax.update(s, o);
     if constexpr (kGeneral) {
       if (has_dropout(p.scores)) DropoutBits(p, b, h).drop(s, Position<>(warp_row, j));

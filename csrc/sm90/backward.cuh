@@ -258,6 +258,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       shared_address(smem.ds[0].bytes) +
       ScoreTile::offset_bytes(lane_index() / 16 * 8 + lane_index() % 8, 2 * warp + lane_index() / 8 % 2);
   const float factor_log2 = Rule::factor_of(a.p.scores);
+  const bool dropping = drops<Shape>(a.p.scores);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
 
   RingPosition<Shape::kStages> at(0);
@@ -284,7 +285,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       const int slot = at.slot;
       const uint32_t statistics = shared_address(&smem.rows[slot]) + lane_index() % 4 * 8;
       Fragment<2, Shape::kQ / 4> s, dp;
-      CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
+      std::conditional_t<Shape::kCaps, CapSlopes<2, Shape::kQ / 4>, NoSlopes> slopes;
       // What a branch changes has to begin as something, or the compiler lets it begin as the last one ended, and
       // copies that between the products.
       if constexpr (kGeneral) dp.clear();
@@ -297,28 +298,34 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
 
       wgmma_wait<1>();
       s.settle_all();  // or the compiler looks at the scores before their product has been waited for
-      const bool masked = Rule::needs_mask(unmasked, i, i + Shape::kQ);
-      if (masked) {
+      const bool hides = Rule::template may_hide<Shape::kReadsScores>(unmasked, i, i + Shape::kQ);
+      if (kGeneral || hides) {
         const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
         Rule(a.p.scores, now.batch, h)
             .template apply_transposed<Shape::kReadsScores>(s, Position<>(first_key, i), sequence_of<Shape>(a.p, now),
-                                                            slopes);
-        probabilities_of_columns<true>(s, kGeneral ? Rule::factor_of(a.p.scores) : factor_log2, statistics);
-        if (kGeneral && has_dropout(a.p.scores))
-          DropoutBits(a.p, now.batch, h).template mark<true>(s, Position<>(first_key, i));
+                                                            hides, slopes);
+      }
+      const float factor =
+          kGeneral ? Rule::factor_of(a.p.scores) : factor_log2;  // without a register for the whole time
+      if (hides) {
+        probabilities_of_columns<true>(s, factor, statistics);
       } else {
-        probabilities_of_columns<false>(s, factor_log2, statistics);
+        probabilities_of_columns<false>(s, factor, statistics);
+      }
+      if (dropping) {
+        const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
+        DropoutBits(a.p, batch, h).template mark<true>(s, Position<>(first_key, i));
       }
       wgmma_wait<0>();
       dp.settle_all();
-      if (masked) {
-        if (kGeneral && has_dropout(a.p.scores)) drop_gradients(dp, s, a.p.scores.dropout.kept);
-        gradients_of_columns<true, kGeneral>(s, dp, statistics + Shape::kQ * 4);
-        if (kGeneral && has_dropout(a.p.scores)) clear_marked(s);
-        if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
+      if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
+      if (hides) {
+        gradients_of_columns<true, Shape::kMayDrop>(s, dp, statistics + Shape::kQ * 4);
       } else {
-        gradients_of_columns<false, false>(s, dp, statistics + Shape::kQ * 4);
+        gradients_of_columns<false, Shape::kMayDrop>(s, dp, statistics + Shape::kQ * 4);
       }
+      if (dropping) clear_marked(s);
+      if (kGeneral && Shape::kCaps && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
       to_operand<Element>(p_operand, s);
       to_operand<Element>(ds_operand, dp);
 #pragma unroll

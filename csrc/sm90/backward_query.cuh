@@ -275,18 +275,18 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto pass_turn = [&] {
     named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
   };
-  const auto apply_rule = [&](Fragment<2, kScoreCols>& s, CapSlopes<2, kScoreCols>& slopes) {
+  const auto apply_rule = [&](Fragment<2, kScoreCols>& s, bool hides, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
     rule.template apply<Shape::kReadsScores>(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-                                             sequence_of<Shape>(a.p, item), slopes);
+                                             sequence_of<Shape>(a.p, item), hides, slopes);
   };
   const auto store = [&](unsigned number) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));
     store_query_gradient<Element>(a, item, ScoreRule<kGeneral>(a.p.scores, item.batch, item.head).scale, dq);
   };
   const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
-  const bool drops = kGeneral && has_dropout(a.p.scores);
+  const bool dropping = drops<Shape>(a.p.scores);
 
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -321,17 +321,17 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
 
     wgmma_wait<1>();
     if constexpr (kGeneral) s.settle_all();  // or the compiler looks at the scores before they have been waited for
-    const bool masked = ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK);
-    if (masked) {
-      apply_rule(s, slopes);
+    const bool hides = ScoreRule<kGeneral>::template may_hide<Shape::kReadsScores>(unmasked, j, j + Shape::kK);
+    if (kGeneral || hides) apply_rule(s, hides, slopes);
+    if (hides) {
       probabilities_of_rows<true>(s, factor, lse);
-      if (drops) {
-        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
-        const int row = item.first_row + (warp_index() - 4) * 16;
-        DropoutBits(a.p, item.batch, item.head).template mark<false>(s, Position<>(row, j));
-      }
     } else {
       probabilities_of_rows<false>(s, factor, lse);
+    }
+    if (dropping) {
+      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+      const int row = item.first_row + (warp_index() - 4) * 16;
+      DropoutBits(a.p, item.batch, item.head).template mark<false>(s, Position<>(row, j));
     }
 
     wgmma_wait<0>();
@@ -346,13 +346,13 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       arrive_for_warp(shared_address(&smem.rows_free[rows_at.slot][warpgroup]));
       rows_at.advance();
     }
-    if (masked) {
-      if (drops) drop_gradients(dp, s, a.p.scores.dropout.kept);
-      gradients_of_rows<true, kGeneral>(s, dp, delta);
-      if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
+    if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
+    if (hides) {
+      gradients_of_rows<true, Shape::kMayDrop>(s, dp, delta);
     } else {
-      gradients_of_rows<false, false>(s, dp, delta);
+      gradients_of_rows<false, Shape::kMayDrop>(s, dp, delta);
     }
+    if (kGeneral && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
     to_operand<Element>(ds, dp);
     if (first) more = take_item();
   }

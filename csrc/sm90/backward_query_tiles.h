@@ -87,7 +87,9 @@ template <int kHeadDim, class F>
 auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
-    if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
+      return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    }
     if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };

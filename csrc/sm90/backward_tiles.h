@@ -54,6 +54,7 @@ struct BackwardTiles {
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
   using General = Long;
+  using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   // 64 queries spill while they read a bias
   using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
@@ -63,6 +64,7 @@ struct BackwardTiles<96> {
   using Long = Dense;
   using Short = Long;
   using General = Long;
+  using Dropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
@@ -71,6 +73,7 @@ struct BackwardTiles<64> {
   using Long = Dense;                                                   // causal 4k: 449 (423)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows, kNothing>;  // 1k: 386 (371); causal 1k: 291 (295)
   using General = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using Dropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kDropout>;
   using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };
 
@@ -80,7 +83,11 @@ auto with_backward_tile(const Problem& p, F&& f) {
   // Below, tiles of 64 and 128 leave less of a rest: d 128 at 512 tokens 380 against 361 of 80 queries.
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
-  if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+  const bool drops = p.scores.dropout.seeds != nullptr;
+  if (reads_scores(p.scores) || (drops && p.scores.soft_cap != 0.0f)) {
+    return f(Type<typename Tiles::Reading>{}, std::true_type{});
+  }
+  if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
   if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
   if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});

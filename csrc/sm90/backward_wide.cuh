@@ -195,27 +195,32 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     const uint32_t statistics = first.statistics + (first_at.slot * Shape::kQ + lane_index() % 4 * 2) * 4;
     if constexpr (kOfValues) {
       CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
-      if (ScoreRule<kGeneral>::needs_mask(unmasked, row, row + Shape::kQ)) {
+      const bool hides = ScoreRule<kGeneral>::template may_hide<Shape::kReadsScores>(unmasked, row, row + Shape::kQ);
+      if (kGeneral || hides) {
         const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
         rule.template apply_transposed<Shape::kReadsScores>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
-                                                            sequence_of<Shape>(a.p, item), slopes);
-        probabilities_of_columns<true>(s, rule.factor_log2, statistics);
-        if (kGeneral && has_dropout(a.p.scores)) {
-          DropoutBits(a.p, item.batch, head)
-              .template mark<true>(s, Position<>(item.first_key + warp_index() % 4 * 16, row));
-        }
+                                                            sequence_of<Shape>(a.p, item), hides, slopes);
+      }
+      const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
+      if (hides) {
+        probabilities_of_columns<true>(s, factor, statistics);
       } else {
-        probabilities_of_columns<false>(s, ScoreRule<kGeneral>::factor_of(a.p.scores), statistics);
+        probabilities_of_columns<false>(s, factor, statistics);
+      }
+      if (drops<Shape>(a.p.scores)) {
+        const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
+        DropoutBits(a.p, item.batch, head)
+            .template mark<true>(s, Position<>(item.first_key + warp_index() % 4 * 16, row));
       }
       next_row();
       give(s, slopes);
-      if (kGeneral && has_dropout(a.p.scores)) clear_marked(s);
+      if (drops<Shape>(a.p.scores)) clear_marked(s);
     } else {
       Fragment<2, Shape::kQ / 4> p;
       take(p);
-      if (kGeneral && has_dropout(a.p.scores)) drop_gradients(s, p, a.p.scores.dropout.kept);
-      gradients_of_columns<true, kGeneral>(p, s, statistics);
+      if (drops<Shape>(a.p.scores)) drop_gradients(s, p, a.p.scores.dropout.kept);
+      gradients_of_columns<true, Shape::kMayDrop>(p, s, statistics);
       arrive_for_lane(p_free + 8 * p_at.slot);
       p_at.advance();
     }

@@ -54,13 +54,13 @@ struct BackwardWideTiles;
 template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
-  using General = BackwardWideTile<192, 128, 64, 3, 1, 6>;
+  using General = Plain;
   using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
-  using General = BackwardWideTile<192, 192, 64, 3, 1, 2>;
+  using General = BackwardWideTile<192, 192, 64, 3, 1, 6>;
   using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
@@ -68,7 +68,7 @@ struct BackwardWideTiles<256, 256> {
   // 1k: 463 (no cluster, held 14: 449), 4k: 612 (598), 16k: 648 (629); causal 385 (371), 559 (563), 643 (640).
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
-  using General = BackwardWideTile<256, 256, 32, 4, 2, 4>;
+  using General = BackwardWideTile<256, 256, 32, 4, 2, 8>;
   using Reading = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 
@@ -78,7 +78,9 @@ template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardWideTiles<kHeadDim, value_dim.value>;
-    if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
+      return f(Type<typename Tiles::Reading>{}, std::true_type{});
+    }
     if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };

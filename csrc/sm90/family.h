@@ -41,8 +41,14 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
     switch (forward_kind(p, multiprocessors)) {
+      case ForwardKind::kGeneralDense:
+        return f(Type<typename Tiles::GeneralDense>{}, std::true_type{});
       case ForwardKind::kGeneral:
         return f(Type<typename Tiles::General>{}, std::true_type{});
+      case ForwardKind::kDropping:
+        return f(Type<typename Tiles::Dropping>{}, std::true_type{});
+      case ForwardKind::kBiased:
+        return f(Type<typename Tiles::Biased>{}, std::true_type{});
       case ForwardKind::kReading:
         return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:

@@ -180,7 +180,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
   Fragment<2, Shape::kValueDim / 4> o;
-  ScoreWords<kScoreCols> ahead;  // of bias and mask
+  using Kept = uint32_t[Shape::kK / 16][2];  // of dropout
+  ScoreWords<kScoreCols> ahead;              // of bias and mask
   uint32_t bias_parity = 0;
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
@@ -256,8 +257,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
                       false);
     }
   };
-  // Scores of the current tile of keys to probabilities. True: O is to be multiplied by `correction`.
-  const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, float (&correction)[2]) {
+  // Scores of the current tile of keys to probabilities, and what is to be dropped of them as an operand. True: O is to
+  // be multiplied by `correction`.
+  const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, Kept& kept, float (&correction)[2]) {
     s.settle_all();  // or the compiler looks at the scores before their product has been waited for, and serialises it
     if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
       const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
@@ -267,23 +269,29 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
       if constexpr (Shape::kStagesBias) {
         rule.apply_staged(s, Position<>(row, j), sequence, whole, StagedBias<Element, Shape>{a, smem, bias_parity});
-      } else {
+      } else if constexpr (Shape::kReadsScores) {
         NoSlopes none;
         rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
+      } else {
+        rule.apply_staged(s, Position<>(row, j), sequence, whole, NoBias());
       }
       if (const int next = next_tile<Shape>(item, j); Shape::kReadsScores && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
       }
     }
     const bool moved = softmax.update(s, correction);
-    if constexpr (kGeneral) {
-      if (has_dropout(a.p.scores)) {
-        const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
-        const int row = item.first_row + (warp_index() - 4) * 16;
-        DropoutBits(a.p, item.batch, item.head).drop(s, Position<>(row, j));
-      }
+    if (drops<Shape>(a.p.scores)) {
+      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
+      const DropoutBits bits(a.p, item.batch, item.head);
+      const Position<> at(item.first_row + (warp_index() - 4) * 16, j);
+      if constexpr (Shape::kDrops) bits.choose<kScoreCols>(kept, at);
+      if constexpr (!Shape::kDrops) bits.drop(s, at);
     }
     return moved;
+  };
+  const auto take_probabilities = [&](const Fragment<2, kScoreCols>& s, const Kept& kept) {
+    to_operand<Element>(p, s);
+    if constexpr (Shape::kDrops) drop_packed(p, kept);
   };
   const auto store = [&](uint32_t item) {
     const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
@@ -293,6 +301,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   bool more = take_item();
   if (more) {
     Fragment<2, kScoreCols> s;
+    Kept kept;
     float correction[2];
     take_query();
     const int k_slot = wait_full();
@@ -302,8 +311,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     release(k_slot);
     release_query();
     begin_rows();
-    to_probabilities(s, correction);
-    to_operand<Element>(p, s);
+    to_probabilities(s, kept, correction);
+    take_probabilities(s, kept);
   }
 #pragma unroll 1
   while (more) {
@@ -311,6 +320,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
 #pragma unroll 1
     for (next_keys(); j < end; next_keys()) {
       Fragment<2, kScoreCols> s;
+      Kept kept;
       float correction[2];
       const int k_slot = wait_full();
       await_turn();
@@ -322,10 +332,10 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       wgmma_wait<1>();
       release(k_slot);
       release_query();
-      const bool moved = to_probabilities(s, correction);
+      const bool moved = to_probabilities(s, kept, correction);
       wgmma_wait<0>();
       release(v_slot);
-      to_operand<Element>(p, s);
+      take_probabilities(s, kept);
       if (moved) {
         o.scale_row(0, correction[0]);
         o.scale_row(1, correction[1]);
@@ -345,6 +355,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       store(done);
     } else {
       Fragment<2, kScoreCols> s;
+      Kept kept;
       float correction[2];
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
       if constexpr (!Shape::kQueryInRegisters) take_query();
@@ -359,8 +370,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       release(k_slot);
       release_query();
       begin_rows();
-      to_probabilities(s, correction);
-      to_operand<Element>(p, s);
+      to_probabilities(s, kept, correction);
+      take_probabilities(s, kept);
     }
   }
   if (Shape::kStoreByTma && elect_one()) tma_store_wait();

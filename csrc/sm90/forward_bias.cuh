@@ -56,21 +56,29 @@ struct StagedBias {
     parity ^= 1;
     const uint32_t place = shared_address(smem.staged.bias[warpgroup].bytes);
     const int row = warp_index() % 4 * 16 + lane_index() % 16;
+    uint32_t loaded = 0;
 #pragma unroll
     for (int block = 0; block < kCols / 4; ++block) {
-      uint32_t pairs[1][4];
-      load_matrix_x4(pairs[0], place + Bias::offset_bytes(row, 2 * block + lane_index() / 16));
-      settle_loads(pairs);
+      uint32_t pairs[4];
+      load_matrix_x4(pairs, place + Bias::offset_bytes(row, 2 * block + lane_index() / 16));
+      loaded ^= pairs[0];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float2 pair = unpack<Element>(pairs[0][n]);
+        const float2 pair = unpack<Element>(pairs[n]);
         float* x = &s.v[n % 2][4 * block + n / 2 * 2];
         x[0] = fmaf(kLog2e, pair.x, x[0]);
         x[1] = fmaf(kLog2e, pair.y, x[1]);
       }
     }
+    settle_loads(loaded);
     arrive_for_warp(shared_address(&smem.bias_free[warpgroup]));
   }
+};
+
+struct NoBias {
+  __device__ __forceinline__ static constexpr bool present() { return false; }
+  template <int kCols>
+  __device__ __forceinline__ static void add(Fragment<2, kCols>&) {}
 };
 
 }  // namespace jfa::sm90

@@ -170,15 +170,18 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t
                : "memory");
 }
 
-// Until what load_matrix_x4() loads into these registers is there, so that its place may be given back: an arrival
-// would not wait for it, and a fence waits for much more. The instruction needs the registers, and does nothing.
+// Until what load_matrix_x4() has loaded is there, so that its place may be given back: an arrival would not wait for
+// it, and a fence waits for much more. The instruction needs `bits`, made of a register of each load, and does nothing.
+__device__ __forceinline__ void settle_loads(uint32_t bits) {
+  asm volatile("{\n.reg .pred rarely;\nsetp.eq.u32 rarely, %0, 0x5bd1e995;\n@rarely nanosleep.u32 0;\n}" ::"r"(bits)
+               : "memory");
+}
 template <int kLoads>
 __device__ __forceinline__ void settle_loads(const uint32_t (&r)[kLoads][4]) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) bits ^= r[i][0];
-  asm volatile("{\n.reg .pred rarely;\nsetp.eq.u32 rarely, %0, 0x5bd1e995;\n@rarely nanosleep.u32 0;\n}" ::"r"(bits)
-               : "memory");
+  settle_loads(bits);
 }
 
 // The same into the transposed matrices: of matrix i, r[i] becomes (rows 2 (l % 4) and 2 (l % 4) + 1, column l / 4).

@@ -19,12 +19,16 @@ enum Reads : unsigned {
   kVisibility = 1,    // who sees whom, where that is more than a formula
   kScoreTensors = 2,  // a bias or a mask, from device memory
   kStagedBias = 4,    // a bias that TMA copies to shared memory
+  kDropout = 8,       // the seeds of dropout, which there always is; with kScoreTensors there may be
 };
 template <unsigned kReads>
 struct TileReads {
   static constexpr bool kAnyVisibility = kReads & kVisibility;
   static constexpr bool kReadsScores = kReads & kScoreTensors;
   static constexpr bool kStagesBias = kReads & kStagedBias;
+  static constexpr bool kDrops = kReads & kDropout;
+  static constexpr bool kMayDrop = kDrops || kReadsScores;
+  static constexpr bool kCaps = !kDrops;  // in a backward: the derivatives of a soft cap are kept
 };
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Tiles of kK keys and of their
@@ -71,22 +75,28 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kSharedBytes = kBytesBeforeOutput + (kStoreByTma ? kOutputBytes : 0);
 };
 
-// Of general scores: worked out, with a bias that comes by TMA; or read from memory by the threads that use them.
+template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters, int kCluster = 1>
+using DroppingTile =
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, kCluster, kVisibility | kDropout>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
-using GeneralTile =
+using BiasedTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedBias>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using ReadingTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kScoreTensors>;
 
 // For each pair of head dim and value dim: what each kind of call runs. Figures are TFLOP/s on an H200, 16384 tokens x
-// 2048 columns in all, against the next best tile tried.
+// 2048 columns in all, 4k and full unless said, against the next best tile tried; those of general scores with a soft
+// cap, those of Dropping with dropout.
 template <int kHeadDim, int kValueDim>
 struct ForwardTiles {
   using Dense = ForwardTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Long = Dense;
   using Short = Dense;
-  using General = GeneralTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using GeneralDense = Dense;
+  using General = Dense;
+  using Dropping = DroppingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using Biased = BiasedTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
 };
 
@@ -95,23 +105,32 @@ struct ForwardTiles<64, 64> {
   using Dense = ForwardTile<64, 64, 3, 128, 6, false, 1, kNothing>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
   using Long = ForwardTile<64, 64, 3, 96, 6, true>;                  // causal 4k: 438 (2x128: 431), 16k: 513 (472)
   using Short = ForwardTile<64, 64, 2, 128, 6, true>;                // causal 1k: 330 (3x96: 289)
-  using General = GeneralTile<64, 64, 2, 128, 6, true>;
+  using GeneralDense = Long;                                         // 337 (2x128: 329)
+  using General = Short;                                   // causal: 308 (3x96: 313), documents of 1024: 243 (212)
+  using Dropping = DroppingTile<64, 64, 2, 128, 6, true>;  // 314 (3x96: 302)
+  using Biased = BiasedTile<64, 64, 2, 128, 6, true>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
 struct ForwardTiles<96, 96> {
-  using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 4k: 581 (without cluster 561)
-  using Long = Dense;                                     // causal 4k: 507 (484)
+  using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 581 (without cluster 561)
+  using Long = Dense;                                     // causal: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
-  using General = GeneralTile<96, 96, 2, 128, 4, true>;
+  using GeneralDense = Short;                                 // 433 (cluster 437)
+  using General = Short;                                      // causal: 377 (376)
+  using Dropping = DroppingTile<96, 96, 2, 128, 4, true, 2>;  // causal: 341 (without cluster 327)
+  using Biased = BiasedTile<96, 96, 2, 128, 4, true>;
   using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
 };
 template <>
 struct ForwardTiles<128, 128> {
-  using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
-  using Long = Dense;                                       // causal 4k: 608 (589), 16k: 693 (651)
-  using Short = ForwardTile<128, 128, 2, 128, 4, true>;     // causal 1k: 432 (with cluster 418), 2k: 555 (545)
-  using General = GeneralTile<128, 128, 2, 128, 4, false>;
+  using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;      // 1k: 594 (without cluster 571), 16k: 717 (685)
+  using Long = Dense;                                           // causal 4k: 608 (589), 16k: 693 (651)
+  using Short = ForwardTile<128, 128, 2, 128, 4, true>;         // causal 1k: 432 (with cluster 418), 2k: 555 (545)
+  using GeneralDense = Dense;                                   // 508 (without cluster 497)
+  using General = Short;                                        // causal: 446 (with cluster 432)
+  using Dropping = DroppingTile<128, 128, 2, 128, 4, true, 2>;  // 439 (without cluster 433)
+  using Biased = BiasedTile<128, 128, 2, 128, 4, false>;
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
 };
 template <>
@@ -119,28 +138,38 @@ struct ForwardTiles<192, 128> {
   using Dense = ForwardTile<192, 128, 2, 128, 3, false>;  // causal 8k: 620; no other tile was tried
   using Long = Dense;
   using Short = Dense;
-  using General = GeneralTile<192, 128, 2, 64, 6, false>;
+  using GeneralDense = Dense;
+  using General = Dense;
+  using Dropping = DroppingTile<192, 128, 2, 128, 3, false>;
+  using Biased = BiasedTile<192, 128, 2, 64, 6, false>;
   using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<192, 192> {
-  using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 4k: 703 (2x64: 697)
-  using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal 4k: 564 (2x96: 536)
+  using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 703 (2x64: 697)
+  using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal: 564 (2x96: 536)
   using Short = Long;
-  using General = GeneralTile<192, 192, 2, 64, 5, false>;
+  using GeneralDense = Dense;                                // 578 (2x64: 542)
+  using General = Dense;                                     // causal: 503 (2x64: 491)
+  using Dropping = DroppingTile<192, 192, 2, 96, 3, false>;  // 487 (2x64: 469)
+  using Biased = BiasedTile<192, 192, 2, 64, 5, false>;
   using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<256, 256> {
-  using Dense =
-      ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 4k: 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
-  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;   // causal 4k: 612 (without cluster 594), 16k: 719 (684)
-  using Short = ForwardTile<256, 256, 2, 64, 5, false>;     // causal 1k: 432 (with cluster 425)
-  using General = GeneralTile<256, 256, 2, 32, 6, false>;
+  using Dense = ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
+  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;    // causal 4k: 612 (without cluster 594), 16k: 719 (684)
+  using Short = ForwardTile<256, 256, 2, 64, 5, false>;      // causal 1k: 432 (with cluster 425)
+  using GeneralDense = Short;                                // 593 (with cluster 596)
+  using General = Short;                                     // causal: 523 (with cluster 506)
+  using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;  // causal: 470 (with cluster 446)
+  using Biased = BiasedTile<256, 256, 2, 32, 6, false>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
-enum class ForwardKind { kDense, kLong, kShort, kGeneral, kReading };
+// Scores of the first three are plain. Of the others they are general: worked out; worked out, and some dropped; with a
+// bias that comes by TMA; or with what the threads that use it read from memory, where some may be dropped too.
+enum class ForwardKind { kDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kBiased, kReading };
 
 // Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
 // of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
@@ -159,11 +188,19 @@ inline bool is_dense(const Problem& p) {
          v.k_lengths == nullptr && is_formula(v);
 }
 
+inline ForwardKind general_kind(const Problem& p) {
+  const bool drops = p.scores.dropout.seeds != nullptr, biased = p.scores.bias.data != nullptr;
+  if (reads_without_tma(p) || (drops && biased)) return ForwardKind::kReading;
+  if (biased) return ForwardKind::kBiased;
+  if (drops) return ForwardKind::kDropping;
+  return is_dense(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
+}
+
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048;
-  if (is_general(p)) return reads_without_tma(p) ? ForwardKind::kReading : ForwardKind::kGeneral;
+  if (is_general(p)) return general_kind(p);
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;

@@ -211,6 +211,16 @@ inline float multiply(float a, float b) {
   return product;
 }
 
+inline uint32_t spread_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t y = 0;
+  for (int n = 0; n < 4; ++n) {
+    const int byte = selector >> 4 * n & 7;
+    const uint32_t sign = (byte < 4 ? a : b) >> (8 * (byte % 4) + 7) & 1;
+    y |= (sign * 0xFF) << 8 * n;
+  }
+  return y;
+}
+
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 inline float exp2_approximate(float x) {

@@ -74,9 +74,10 @@ inline void fence_async_shared() {
   ++m.count().proxy_fences;
 }
 
+inline void settle_loads(uint32_t) { emulator::machine().clocks().settle_loads(emulator::machine().running()); }
 template <int kLoads>
 inline void settle_loads(const uint32_t (&)[kLoads][4]) {
-  emulator::machine().clocks().settle_loads(emulator::machine().running());
+  settle_loads(0);
 }
 
 inline void add_global_x4(float* pointer, float4 value, Site site = {}) {
