@@ -10,8 +10,10 @@ namespace jfa::sm90 {
 // shared memory; tiles of kK keys, and of their values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is
 // needed until the scores of the next one have been issued: two places are the least for them, for values one.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kQueryPlaces_, int kKeyPlaces_,
-          int kValuePlaces_, unsigned kReads = kVisibility>
+          int kValuePlaces_, unsigned kReads = kNothing>
 struct BackwardQueryTile : TileReads<kReads> {
+  using Seeing = BackwardQueryTile<kHeadDim_, kValueDim_, kWarpgroups_, kK_, kQueryPlaces_, kKeyPlaces_, kValuePlaces_,
+                                   kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -47,37 +49,37 @@ struct BackwardQueryTiles;
 template <>
 struct BackwardQueryTiles<64, 64> {
   using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<96, 96> {
   using Plain = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<128, 128> {
   using Plain = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 128> {
   using Plain = BackwardQueryTile<192, 128, 2, 80, 1, 3, 2>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
   using Plain = BackwardQueryTile<192, 192, 2, 80, 1, 2, 2>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<256, 256> {
   using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;
-  using General = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2>;
+  using General = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2, kVisibility>;
   using Reading = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 
@@ -91,6 +93,7 @@ auto with_backward_query_tile(const Problem& p, F&& f) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
     if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

@@ -20,8 +20,9 @@ enum class QueryShare {
 
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
 // come through a ring of kStages places.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads = kVisibility>
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads = kNothing>
 struct BackwardTile : TileReads<kReads> {
+  using Seeing = BackwardTile<kHeadDim_, kWarpgroups_, kQ_, kShare_, kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kQ = kQ_;
@@ -53,7 +54,7 @@ struct BackwardTiles {
   using Dense = BackwardTile<kHeadDim, 2, 80, QueryShare::kColumns>;  // 4k: 515 (64 queries: 497), 16k: 543 (523)
   using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
   using Short = Long;
-  using General = Long;
+  using General = typename Long::Seeing;
   using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   // 64 queries spill while they read a bias
   using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
@@ -63,16 +64,16 @@ struct BackwardTiles<96> {
   using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;
   using Long = Dense;
   using Short = Long;
-  using General = Long;
+  using General = Long::Seeing;
   using Dropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<64> {
-  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns, kNothing>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
-  using Long = Dense;                                                   // causal 4k: 449 (423)
-  using Short = BackwardTile<64, 2, 128, QueryShare::kRows, kNothing>;  // 1k: 386 (371); causal 1k: 291 (295)
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns>;
+  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
+  using Long = Dense;                                         // causal 4k: 449 (423)
+  using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
+  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility>;
   using Dropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kDropout>;
   using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };

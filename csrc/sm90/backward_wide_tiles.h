@@ -14,8 +14,9 @@ namespace jfa::sm90 {
 // The two blocks of a cluster work on neighbouring key tiles of one head. Each loads half of every tile of Q and dO
 // into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kQ_, int kStages_, int kCluster_ = 1, int kHeldSteps_ = 0,
-          unsigned kReads = kVisibility>
+          unsigned kReads = kNothing>
 struct BackwardWideTile : TileReads<kReads> {
+  using Seeing = BackwardWideTile<kHeadDim_, kValueDim_, kQ_, kStages_, kCluster_, kHeldSteps_, kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kStages = kStages_;
@@ -54,13 +55,13 @@ struct BackwardWideTiles;
 template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
-  using General = Plain;
+  using General = Plain::Seeing;
   using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
-  using General = BackwardWideTile<192, 192, 64, 3, 1, 6>;
+  using General = BackwardWideTile<192, 192, 64, 3, 1, 6, kVisibility>;
   using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
@@ -68,7 +69,7 @@ struct BackwardWideTiles<256, 256> {
   // 1k: 463 (no cluster, held 14: 449), 4k: 612 (598), 16k: 648 (629); causal 385 (371), 559 (563), 643 (640).
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
-  using General = BackwardWideTile<256, 256, 32, 4, 2, 8>;
+  using General = BackwardWideTile<256, 256, 32, 4, 2, 8, kVisibility>;
   using Reading = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 
@@ -82,6 +83,7 @@ auto with_backward_wide_tile(const Problem& p, F&& f) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
     if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

@@ -40,6 +40,10 @@ template <int kHeadDim, class F>
 auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
+    const auto with_plain = [&](auto tile) {
+      using Tile = typename decltype(tile)::type;
+      return reads_visibility(p) ? f(Type<typename Tile::Seeing>{}, std::false_type{}) : f(tile, std::false_type{});
+    };
     switch (forward_kind(p, multiprocessors)) {
       case ForwardKind::kGeneralDense:
         return f(Type<typename Tiles::GeneralDense>{}, std::true_type{});
@@ -52,9 +56,9 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
       case ForwardKind::kReading:
         return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:
-        return f(Type<typename Tiles::Short>{}, std::false_type{});
+        return with_plain(Type<typename Tiles::Short>{});
       case ForwardKind::kLong:
-        return f(Type<typename Tiles::Long>{}, std::false_type{});
+        return with_plain(Type<typename Tiles::Long>{});
       case ForwardKind::kDense:
         break;
     }

@@ -198,7 +198,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   const auto next_keys = [&] {
     j += Shape::kK;
-    if (j == sink_end) j = broadcast(load_item<ForwardItem>(item_address(smem, taken - 1)).first_key);
+    if (Shape::kAnyVisibility && j == sink_end)
+      j = broadcast(load_item<ForwardItem>(item_address(smem, taken - 1)).first_key);
   };
   // What the softmax of the item that was taken last begins with.
   const auto begin_rows = [&] {

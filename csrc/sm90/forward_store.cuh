@@ -20,7 +20,8 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   float inverse[2], lse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sink = sink_log2(p.scores.sinks, sequence_of<Shape>(p, item), item.head, at.row(r));
+    float sink = minus_infinity();
+    if (Shape::kAnyVisibility) sink = sink_log2(p.scores.sinks, sequence_of<Shape>(p, item), item.head, at.row(r));
     inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
   }
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them

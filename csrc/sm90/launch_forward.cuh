@@ -14,7 +14,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   using Smem = ForwardSmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of tiles.h does not fit into shared memory");
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
+  if (!Shape::kAnyVisibility && reads_visibility(p)) return Status::Internal("a tile that takes only formulas");
   ForwardArguments a;
   a.p = p;
   a.order = forward_order(p, Shape::kClusterQ);

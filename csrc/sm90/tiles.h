@@ -16,7 +16,7 @@ constexpr int kWarpgroupRows = 64;  // M of wgmma
 // What the threads of a tile may read besides queries, keys and values; each costs registers.
 enum Reads : unsigned {
   kNothing = 0,
-  kVisibility = 1,    // who sees whom, where that is more than a formula
+  kVisibility = 1,    // who sees whom, where that is more than a formula, and sinks: 4 % at d 128
   kScoreTensors = 2,  // a bias or a mask, from device memory
   kStagedBias = 4,    // a bias that TMA copies to shared memory
   kDropout = 8,       // the seeds of dropout, which there always is; with kScoreTensors there may be
@@ -37,8 +37,10 @@ struct TileReads {
 // The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
 // values into both, which halves what the multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
-          int kCluster_ = 1, unsigned kReads = kVisibility>
+          int kCluster_ = 1, unsigned kReads = kNothing>
 struct ForwardTile : TileReads<kReads> {
+  using Seeing = ForwardTile<kHeadDim_, kValueDim_, kWarpgroups_, kK_, kSlots_, kQueryInRegisters_, kCluster_,
+                             kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -94,7 +96,7 @@ struct ForwardTiles {
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
-  using General = Dense;
+  using General = typename Dense::Seeing;
   using Dropping = DroppingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Biased = BiasedTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
@@ -102,11 +104,11 @@ struct ForwardTiles {
 
 template <>
 struct ForwardTiles<64, 64> {
-  using Dense = ForwardTile<64, 64, 3, 128, 6, false, 1, kNothing>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
-  using Long = ForwardTile<64, 64, 3, 96, 6, true>;                  // causal 4k: 438 (2x128: 431), 16k: 513 (472)
-  using Short = ForwardTile<64, 64, 2, 128, 6, true>;                // causal 1k: 330 (3x96: 289)
-  using GeneralDense = Long;                                         // 337 (2x128: 329)
-  using General = Short;                                   // causal: 308 (3x96: 313), documents of 1024: 243 (212)
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;     // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;        // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;      // causal 1k: 330 (3x96: 289)
+  using GeneralDense = Long;                               // 337 (2x128: 329)
+  using General = Short::Seeing;                           // causal: 308 (3x96: 313), documents of 1024: 243 (212)
   using Dropping = DroppingTile<64, 64, 2, 128, 6, true>;  // 314 (3x96: 302)
   using Biased = BiasedTile<64, 64, 2, 128, 6, true>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
@@ -117,7 +119,7 @@ struct ForwardTiles<96, 96> {
   using Long = Dense;                                     // causal: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using GeneralDense = Short;                                 // 433 (cluster 437)
-  using General = Short;                                      // causal: 377 (376)
+  using General = Short::Seeing;                              // causal: 377 (376)
   using Dropping = DroppingTile<96, 96, 2, 128, 4, true, 2>;  // causal: 341 (without cluster 327)
   using Biased = BiasedTile<96, 96, 2, 128, 4, true>;
   using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
@@ -128,7 +130,7 @@ struct ForwardTiles<128, 128> {
   using Long = Dense;                                           // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;         // causal 1k: 432 (with cluster 418), 2k: 555 (545)
   using GeneralDense = Dense;                                   // 508 (without cluster 497)
-  using General = Short;                                        // causal: 446 (with cluster 432)
+  using General = Short::Seeing;                                // causal: 446 (with cluster 432)
   using Dropping = DroppingTile<128, 128, 2, 128, 4, true, 2>;  // 439 (without cluster 433)
   using Biased = BiasedTile<128, 128, 2, 128, 4, false>;
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
@@ -139,7 +141,7 @@ struct ForwardTiles<192, 128> {
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
-  using General = Dense;
+  using General = Dense::Seeing;
   using Dropping = DroppingTile<192, 128, 2, 128, 3, false>;
   using Biased = BiasedTile<192, 128, 2, 64, 6, false>;
   using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
@@ -150,18 +152,18 @@ struct ForwardTiles<192, 192> {
   using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal: 564 (2x96: 536)
   using Short = Long;
   using GeneralDense = Dense;                                // 578 (2x64: 542)
-  using General = Dense;                                     // causal: 503 (2x64: 491)
+  using General = Dense::Seeing;                             // causal: 503 (2x64: 491)
   using Dropping = DroppingTile<192, 192, 2, 96, 3, false>;  // 487 (2x64: 469)
   using Biased = BiasedTile<192, 192, 2, 64, 5, false>;
   using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
 struct ForwardTiles<256, 256> {
-  using Dense = ForwardTile<256, 256, 2, 96, 3, false, 1, kNothing>;  // 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
+  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;      // 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;    // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;      // causal 1k: 432 (with cluster 425)
   using GeneralDense = Short;                                // 593 (with cluster 596)
-  using General = Short;                                     // causal: 523 (with cluster 506)
+  using General = Short::Seeing;                             // causal: 523 (with cluster 506)
   using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;  // causal: 470 (with cluster 446)
   using Biased = BiasedTile<256, 256, 2, 32, 6, false>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
@@ -188,12 +190,15 @@ inline bool is_dense(const Problem& p) {
          v.k_lengths == nullptr && is_formula(v);
 }
 
+// What tiles with kVisibility are for.
+inline bool reads_visibility(const Problem& p) { return !is_formula(p.visibility) || p.scores.sinks.data != nullptr; }
+
 inline ForwardKind general_kind(const Problem& p) {
   const bool drops = p.scores.dropout.seeds != nullptr, biased = p.scores.bias.data != nullptr;
   if (reads_without_tma(p) || (drops && biased)) return ForwardKind::kReading;
   if (biased) return ForwardKind::kBiased;
   if (drops) return ForwardKind::kDropping;
-  return is_dense(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
+  return is_dense(p) && !reads_visibility(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
 }
 
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
@@ -204,7 +209,7 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
-  if (is_dense(p)) return ForwardKind::kDense;
+  if (is_dense(p) && !reads_visibility(p)) return ForwardKind::kDense;
   const Visibility& v = p.visibility;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
