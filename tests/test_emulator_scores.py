@@ -93,14 +93,18 @@ class Unseen(Case):
         return max(self.q_len - self.k_len, 0), max(self.k_len - self.q_len - left, 0)
 
 
-# Of calls whose scores are general, one for each kind of tile of the Hopper forward and backward.
+# Of calls whose scores are general, one for each kind of tile of the Hopper forward and backward;
+# sinks are for tiles that read more than a formula of who sees whom.
 SINKS = {"alibi": (2,), "sinks": (2,)}
+DROP, CAP, CAUSAL = {"dropout_rate": 0.3}, {"logits_soft_cap": 2.0}, {"is_causal": True}
 KINDS = {
     "reading": dataclasses.replace(CASES["dropout-window-cap"], alibi=(2,)),
     "biased": dataclasses.replace(CASES["bias-aligned-1x2x150x264"], **SINKS),
-    "dropping": Case("dropping", 150, options={"dropout_rate": 0.3, "is_causal": True}, **SINKS),
-    "dense": Case("dense", 150, options={"logits_soft_cap": 2.0}, **SINKS),
-    "general": Case("general", 150, options={"logits_soft_cap": 2.0, "is_causal": True}, **SINKS),
+    "dropping": Case("dropping", 150, options=DROP | CAUSAL, alibi=(2,)),
+    "dropping-seeing": Case("dropping-seeing", 150, options=DROP | CAUSAL, **SINKS),
+    "dense": Case("dense", 150, options=CAP, alibi=(2,)),
+    "general": Case("general", 150, options=CAP | CAUSAL, alibi=(2,)),
+    "general-seeing": Case("general-seeing", 150, options=CAP | CAUSAL, **SINKS),
 }
 
 

@@ -40,25 +40,25 @@ template <int kHeadDim, class F>
 auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = ForwardTiles<kHeadDim, value_dim.value>;
-    const auto with_plain = [&](auto tile) {
+    const auto with_sight = [&](auto tile, auto general) {
       using Tile = typename decltype(tile)::type;
-      return reads_visibility(p) ? f(Type<typename Tile::Seeing>{}, std::false_type{}) : f(tile, std::false_type{});
+      return reads_visibility(p) ? f(Type<typename Tile::Seeing>{}, general) : f(tile, general);
     };
     switch (forward_kind(p, multiprocessors)) {
       case ForwardKind::kGeneralDense:
         return f(Type<typename Tiles::GeneralDense>{}, std::true_type{});
       case ForwardKind::kGeneral:
-        return f(Type<typename Tiles::General>{}, std::true_type{});
+        return with_sight(Type<typename Tiles::General>{}, std::true_type{});
       case ForwardKind::kDropping:
-        return f(Type<typename Tiles::Dropping>{}, std::true_type{});
+        return with_sight(Type<typename Tiles::Dropping>{}, std::true_type{});
       case ForwardKind::kBiased:
         return f(Type<typename Tiles::Biased>{}, std::true_type{});
       case ForwardKind::kReading:
         return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:
-        return with_plain(Type<typename Tiles::Short>{});
+        return with_sight(Type<typename Tiles::Short>{}, std::false_type{});
       case ForwardKind::kLong:
-        return with_plain(Type<typename Tiles::Long>{});
+        return with_sight(Type<typename Tiles::Long>{}, std::false_type{});
       case ForwardKind::kDense:
         break;
     }

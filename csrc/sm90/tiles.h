@@ -78,8 +78,7 @@ struct ForwardTile : TileReads<kReads> {
 };
 
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters, int kCluster = 1>
-using DroppingTile =
-    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, kCluster, kVisibility | kDropout>;
+using DroppingTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, kCluster, kDropout>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using BiasedTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedBias>;
@@ -96,7 +95,7 @@ struct ForwardTiles {
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
-  using General = typename Dense::Seeing;
+  using General = Dense;
   using Dropping = DroppingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Biased = BiasedTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
@@ -108,7 +107,7 @@ struct ForwardTiles<64, 64> {
   using Long = ForwardTile<64, 64, 3, 96, 6, true>;        // causal 4k: 438 (2x128: 431), 16k: 513 (472)
   using Short = ForwardTile<64, 64, 2, 128, 6, true>;      // causal 1k: 330 (3x96: 289)
   using GeneralDense = Long;                               // 337 (2x128: 329)
-  using General = Short::Seeing;                           // causal: 308 (3x96: 313), documents of 1024: 243 (212)
+  using General = Short;                                   // causal: 308 (3x96: 313), documents of 1024: 243 (212)
   using Dropping = DroppingTile<64, 64, 2, 128, 6, true>;  // 314 (3x96: 302)
   using Biased = BiasedTile<64, 64, 2, 128, 6, true>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
@@ -119,7 +118,7 @@ struct ForwardTiles<96, 96> {
   using Long = Dense;                                     // causal: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using GeneralDense = Short;                                 // 433 (cluster 437)
-  using General = Short::Seeing;                              // causal: 377 (376)
+  using General = Short;                                      // causal: 377 (376)
   using Dropping = DroppingTile<96, 96, 2, 128, 4, true, 2>;  // causal: 341 (without cluster 327)
   using Biased = BiasedTile<96, 96, 2, 128, 4, true>;
   using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
@@ -130,7 +129,7 @@ struct ForwardTiles<128, 128> {
   using Long = Dense;                                           // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;         // causal 1k: 432 (with cluster 418), 2k: 555 (545)
   using GeneralDense = Dense;                                   // 508 (without cluster 497)
-  using General = Short::Seeing;                                // causal: 446 (with cluster 432)
+  using General = Short;                                        // causal: 446 (with cluster 432)
   using Dropping = DroppingTile<128, 128, 2, 128, 4, true, 2>;  // 439 (without cluster 433)
   using Biased = BiasedTile<128, 128, 2, 128, 4, false>;
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
@@ -141,7 +140,7 @@ struct ForwardTiles<192, 128> {
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
-  using General = Dense::Seeing;
+  using General = Dense;
   using Dropping = DroppingTile<192, 128, 2, 128, 3, false>;
   using Biased = BiasedTile<192, 128, 2, 64, 6, false>;
   using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
@@ -152,7 +151,7 @@ struct ForwardTiles<192, 192> {
   using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal: 564 (2x96: 536)
   using Short = Long;
   using GeneralDense = Dense;                                // 578 (2x64: 542)
-  using General = Dense::Seeing;                             // causal: 503 (2x64: 491)
+  using General = Dense;                                     // causal: 503 (2x64: 491)
   using Dropping = DroppingTile<192, 192, 2, 96, 3, false>;  // 487 (2x64: 469)
   using Biased = BiasedTile<192, 192, 2, 64, 5, false>;
   using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
@@ -163,7 +162,7 @@ struct ForwardTiles<256, 256> {
   using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;    // causal 4k: 612 (without cluster 594), 16k: 719 (684)
   using Short = ForwardTile<256, 256, 2, 64, 5, false>;      // causal 1k: 432 (with cluster 425)
   using GeneralDense = Short;                                // 593 (with cluster 596)
-  using General = Short::Seeing;                             // causal: 523 (with cluster 506)
+  using General = Short;                                     // causal: 523 (with cluster 506)
   using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;  // causal: 470 (with cluster 446)
   using Biased = BiasedTile<256, 256, 2, 32, 6, false>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
