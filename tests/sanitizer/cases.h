@@ -194,6 +194,11 @@ inline void add_tiles(const Adder& adder) {
     c.dropout_steps = 6554;
     causal(c);
   });
+  const auto capped = [](Case& c) { c.soft_cap = 2.0f; };
+  add("tile_capped_dense", {1, 130, 140, 4, 2, d, d}, capped);
+  add("tile_capped", {1, 270, 301, 2, 1, d, d}, [&](Case& c) { capped(c), causal(c); });
+  add("tile_capped_sinks", {1, 270, 301, 2, 1, d, d}, [&](Case& c) { capped(c), c.sinks = {3.0f, -1.0f}; });
+  add("tile_dropping", {1, 270, 301, 2, 1, d, d}, [&](Case& c) { c.dropout_steps = 30000, causal(c); });
   add("tile_drawn", {2, 20, 150, 70, 10, d, d}, causal);
   add("tile_drawn_dense", {1, 20, 150, 140, 20, d, d}, none);
   add("tile_drawn_general", {2, 20, 150, 70, 10, d, d}, [](Case& c) { c.device_scale = {0.15f, -0.2f}; });
@@ -233,6 +238,8 @@ inline void add_gradients(const Adder& add) {
     c.dropout_steps = 6554;
     c.window.window_left = 100;
   });
+  add("grad_capped", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.soft_cap = 0.7f, c.window.window_right = 0; });
+  add("grad_dropping", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.dropout_steps = 50000, c.window.window_right = 0; });
   add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
   if (d <= 128) add("grad_long", {1, d == 64 ? 4100 : 1030, 200, 1, 1, d, d}, [](Case&) {});
   if (d == 192) {

@@ -190,14 +190,14 @@ class Reference {
   double kept(int b, int h, int i, int j) const {
     if (c_.dropout_steps == 0) return 1.0;
     const uint32_t* seeds = &v_.seeds[(size_t(b) * s_.heads + h) * 2];
-    uint32_t x = i / 16 * 8 + i % 8, y = (j / 16 * 8 + j % 8) ^ seeds[1];
+    uint32_t x = i / 16 * 8 + i % 8, y = (j / 32 * 8 + j % 8) ^ seeds[1];
     for (uint32_t round = 0; round < 7; ++round) {
       const uint64_t product = uint64_t(0xD256D193) * x;
       x = uint32_t(product >> 32) ^ (seeds[0] + round * 0x9E3779B9) ^ y;
       y = uint32_t(product);
     }
-    const uint32_t word = i % 16 < 8 ? x : y;
-    const uint32_t bits = j % 16 < 8 ? word & 0xffff : word >> 16;
+    const uint32_t own = (j % 32 < 16 ? x : y) >> (i / 8 % 2 * 8 + j / 8 % 2 * 16) & 0xff;
+    const uint32_t bits = own << 8 | (x * 0x9E3779B9 + y) >> 24;
     return bits < c_.dropout_steps ? 0.0 : 65536.0 / (65536.0 - c_.dropout_steps);
   }
 
