@@ -54,6 +54,27 @@ def test_ragged(seed, route):
     check(case, "bfloat16", seed=seed, **options)
 
 
+# Lengths in queries and in keys that have hung or overrun elsewhere: around tiles, few keys for
+# many rows, and whole tiles of rows without a key, one, two or three in a row.
+LENGTHS = {
+    "around-tiles": ([0, 1, 127, 128, 129, 0, 60], [0, 1, 127, 128, 129, 0, 60]),
+    "few-keys": ([76, 34, 146], [1, 1, 1]),
+    "no-side": ([0, 10, 0, 20, 0, 30], [5, 0, 0, 7, 9, 0]),
+    "empty-tiles-first": ([130, 130, 130, 130], [0, 0, 0, 130]),
+    "empty-tile-between": ([130, 260, 130], [130, 0, 130]),
+    "more-keys": ([129], [463]),
+}
+
+
+@every_route
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths(lengths, route):
+    q, k = LENGTHS[lengths]
+    options = packed(*zip(q, k, strict=True), is_causal=True, causal_alignment="bottom_right")
+    case, options = on_route(Case(lengths, sum(q), sum(k), batch=1, options=options), route)
+    check(case, "bfloat16", **options)
+
+
 def garbage(kind, rng):
     """Options whose integers were never meant."""
     low, high = -(2**31), 2**31 - 1

@@ -25,6 +25,16 @@ PACKINGS = {
     "no keys, no queries": ([30, 40, 0, 12], [0, 70, 9, 12], 0, 0),
     "gaps": ([30, 64, 1], [66, 20, 3], 7, 19),
     "nothing": ([0, 0], [0, 0], 5, 9),
+    # What has hung, overrun or overflowed elsewhere: a long sequence before a shorter one, lengths
+    # around tiles, few keys for many rows, and whole tiles of rows without a key.
+    "long": ([1743, 1559], [1743, 1559], 0, 0),
+    "around tiles": ([0, 1, 127, 128, 129, 0, 300], [0, 1, 127, 128, 129, 0, 300], 0, 0),
+    "few keys": ([76, 34, 146], [1, 1, 1], 0, 0),
+    "no side": ([0, 10, 0, 20, 0, 30], [5, 0, 0, 7, 9, 0], 0, 0),
+    "empty tiles first": ([130, 130, 130, 130], [0, 0, 0, 130], 0, 0),
+    "empty tile between": ([130, 260, 130], [130, 0, 130], 0, 0),
+    "more keys": ([129], [463], 0, 0),
+    "large scores": ([1, 2, 5, 17, 128], [1, 2, 5, 17, 128], 0, 0),
 }
 OPTIONS = {
     "plain": {},
@@ -57,6 +67,8 @@ class Packed:
         tokens, keys = (int(x[-1]) + behind for x in bounds)
         shapes = {"query": (tokens, N, H), "key": (keys, K, H), "value": (keys, K, HV)}
         drawn = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        if packing == "large scores":
+            drawn["query"] *= 5
         self.arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in drawn.items()}
         self.arrays |= {f"cu_seqlens_{x}": b.astype(np.int32) for x, b in zip("qk", bounds)}
         self.d_out = rng.standard_normal((tokens, N, HV)).astype(jnp.dtype(dtype))
@@ -128,7 +140,8 @@ def close(actual, desired, dtype):
     ("packing", "options"),
     [(packing, "bottom right") for packing in PACKINGS]
     + [("other keys", options) for options in OPTIONS if options != "bottom right"]
-    + [("gaps", "alibi and sinks"), ("no keys, no queries", "alibi and sinks")],
+    + [("gaps", "alibi and sinks"), ("no keys, no queries", "alibi and sinks")]
+    + [(packing, "causal") for packing in ("long", "few keys", "empty tiles first")],
 )
 def test_equals_each_sequence_alone(way, packing, options):
     implementation, dtype = way
