@@ -89,6 +89,7 @@ template <int kHeadDim, class F>
 auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
+    // Larger tiles spill with dropout in them.
     if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }

@@ -85,6 +85,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   const bool drops = p.scores.dropout.seeds != nullptr;
+  // The derivatives of a soft cap and the random bits of dropout do not fit the registers of larger tiles together.
   if (reads_scores(p.scores) || (drops && p.scores.soft_cap != 0.0f)) {
     return f(Type<typename Tiles::Reading>{}, std::true_type{});
   }

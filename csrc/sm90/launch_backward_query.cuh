@@ -14,6 +14,7 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   using Smem = BackwardQuerySmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_query_tiles.h does not fit into shared memory");
+  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
   BackwardQueryArguments a;
   a.p = p;
   a.g = g;

@@ -194,6 +194,7 @@ inline bool reads_visibility(const Problem& p) { return !is_formula(p.visibility
 
 inline ForwardKind general_kind(const Problem& p) {
   const bool drops = p.scores.dropout.seeds != nullptr, biased = p.scores.bias.data != nullptr;
+  // Beside a bias that comes by TMA, dropout leaves too few registers.
   if (reads_without_tma(p) || (drops && biased)) return ForwardKind::kReading;
   if (biased) return ForwardKind::kBiased;
   if (drops) return ForwardKind::kDropping;
