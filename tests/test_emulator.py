@@ -218,4 +218,7 @@ MUTANTS = {
 def test_mutant_of_the_kernels_is_caught(mutant):
     file, old, new, name, deterministic = MUTANTS[mutant]
     with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
-        check(CASES[name], "bfloat16", deterministic=deterministic, edits=((file, old, new),))
+        check(
+            CASES[name], "bfloat16", gradients="forward" not in file, deterministic=deterministic,
+            edits=((file, old, new),),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -11,11 +12,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
+PRELUDE = HERE / "include" / "prelude.h"
 FLAGS = (
     "-O2",
     "-ftree-vectorize",
@@ -24,6 +27,8 @@ FLAGS = (
     "-std=c++17",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-fPIC",
+    "-pthread",
 )
 INPUT, OUTPUT, SCRATCH = range(3)
 
@@ -78,68 +83,109 @@ def why_unavailable() -> str:
 
 
 @functools.cache
-def build(source: str, *flags: str, edits: tuple[tuple[str, str, str], ...] = ()) -> ctypes.CDLL:
+def build(
+    source: str,
+    *flags: str,
+    defines: tuple[str, ...] = (),
+    edits: tuple[tuple[str, str, str], ...] = (),
+) -> ctypes.CDLL:
     """Compiles one file of this folder into a library, once for each content of the sources.
 
     Args:
       source: the file, such as "kernels.cc".
       flags: more compiler flags.
+      defines: "NAME=value" of macros that no header of the emulator looks at.
       edits: (file below csrc, old text, new text): build a mutant; the old text must occur.
     """
-    sources = []
-    for folder in (HERE, CSRC):
-        sources += [*folder.rglob("*.h"), *folder.rglob("*.cuh"), *folder.rglob("*.cc")]
-    digest = hashlib.sha256(repr((flags, edits, cuda_include(), FLAGS)).encode())
-    for file in sorted(sources):
-        digest.update(str(file).encode() + file.read_bytes())
-    cpu = pathlib.Path("/proc/cpuinfo")  # -march=native, and a cache may be shared by machines
-    if cpu.is_file():
-        features = re.search(rb"^(?:flags|Features).*$", cpu.read_bytes(), re.MULTILINE)
-        digest.update(features[0] if features else b"")
-    root = os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")
-    cache = pathlib.Path(root) / "jax_flashattn_emulator"
-    cache.mkdir(parents=True, exist_ok=True)
-    library = cache / f"{pathlib.Path(source).stem}_{digest.hexdigest()[:20]}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            csrc = CSRC
-            if edits:
-                csrc = pathlib.Path(folder) / "csrc"
-                shutil.copytree(CSRC, csrc)
-            for name, old, new in edits:
-                content = (csrc / name).read_text()
-                if old not in content:
-                    raise ValueError(f"{name} does not contain {old!r}")
-                (csrc / name).write_text(content.replace(old, new))
-            made = pathlib.Path(folder) / library.name
-            command = [
-                os.environ.get("CXX", "g++"),
-                *FLAGS,
-                *flags,
-                "-shared",
-                "-fPIC",
-                "-pthread",
-                "-Wl,-Bsymbolic",
-            ]
-            for include in (HERE / "include", HERE, csrc):
-                command += ["-I", str(include)]
-            for include in cuda_include():
-                command += ["-isystem", str(include)]
-            command += [
-                "-include",
-                str(HERE / "include" / "prelude.h"),
-                str(HERE / source),
-                "-o",
-                str(made),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise BuildError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
-            made.replace(library)
+    key = (source, flags, defines, edits)
+    library = _cache() / f"{pathlib.Path(source).stem}_{_digest(key, HERE, CSRC)}.so"
+
+    def compile_into(folder: pathlib.Path) -> None:
+        csrc = CSRC
+        if edits:
+            csrc = folder / "csrc"
+            shutil.copytree(CSRC, csrc)
+        for name, old, new in edits:
+            content = (csrc / name).read_text()
+            if old not in content:
+                raise ValueError(f"{name} does not contain {old!r}")
+            (csrc / name).write_text(content.replace(old, new))
+        command = [*_compiler(flags), *(f"-D{define}" for define in defines)]
+        command += ["-I", str(csrc), "-include", str(_precompiled(flags))]
+        command += ["-shared", "-Wl,-Bsymbolic", str(HERE / source)]
+        _run([*command, "-o", str(folder / library.name)])
+
+    _make_once(library, compile_into)
     loaded = ctypes.CDLL(str(library))
     loaded.memory_create.restype = ctypes.c_void_p
     loaded.memory_allocate.restype = ctypes.c_void_p
     return loaded
+
+
+def _precompiled(flags: tuple[str, ...]) -> pathlib.Path:
+    """prelude.h beside what the compiler made of it: most of what parsing a library would take."""
+    header = _cache() / f"prelude_{_digest(flags, HERE)}.h"
+
+    def compile_into(folder: pathlib.Path) -> None:
+        made = header.with_name(f"{header.name}.gch")
+        command = [*_compiler(flags), "-x", "c++-header", str(PRELUDE)]
+        _run([*command, "-o", str(folder / made.name)])
+        (folder / made.name).replace(made)
+        (folder / header.name).write_text(f'#include "{PRELUDE}"\n')  # for a compiler without
+
+    _make_once(header, compile_into)
+    return header
+
+
+def _compiler(flags: tuple[str, ...]) -> list[str]:
+    """The command but for csrc: models and CUDA's headers come before it."""
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *flags]
+    for include in (HERE / "include", HERE):
+        command += ["-I", str(include)]
+    for include in cuda_include():
+        command += ["-isystem", str(include)]
+    return command
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
+
+
+def _cache() -> pathlib.Path:
+    root = os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")
+    cache = pathlib.Path(root) / "jax_flashattn_emulator"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+@functools.cache
+def _digest(key: tuple, *folders: pathlib.Path) -> str:
+    """Of all that a compilation depends on: what it is told, the compiler, the CPU, the sources."""
+    compiler = os.environ.get("CXX", "g++")
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(repr((key, cuda_include(), FLAGS, compiler, version)).encode())
+    cpu = pathlib.Path("/proc/cpuinfo")  # -march=native, and a cache may be shared by machines
+    if cpu.is_file():
+        features = re.search(rb"^(?:flags|Features).*$", cpu.read_bytes(), re.MULTILINE)
+        digest.update(features[0] if features else b"")
+    sources = [file for folder in folders for file in folder.rglob("*.*")]
+    for file in sorted(f for f in sources if f.suffix in {".h", ".cuh", ".cc"}):
+        digest.update(str(file).encode() + file.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _make_once(file: pathlib.Path, make_into: Callable[[pathlib.Path], None]) -> None:
+    """Has make_into(folder) make a file of this name; processes that want the same wait for it."""
+    if file.exists():
+        return
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                make_into(pathlib.Path(folder))
+                (pathlib.Path(folder) / file.name).replace(file)
 
 
 _COUNTERS = (

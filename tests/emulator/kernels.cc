@@ -1,6 +1,6 @@
 // The package's calls on the emulator: all of csrc but ffi.cc, with only the launch itself replaced.
-// One library holds one compiled head dim, JFA_HEAD_DIMS. With JFA_ONLY_FORWARD or JFA_ONLY_BACKWARD it holds nothing
-// but that pass of sm90; the gradient of a bias is one of the backward's.
+// One library holds one pass of one family for one compiled head dim: JFA_HEAD_DIMS, JFA_FAMILY (80 or 90), and
+// JFA_BACKWARD (0 or 1). The gradient of a bias is one of the backward's.
 #define JFA_SM90
 
 // Launching on a GPU goes out of the way of launching here. The launchers find whichever jfa::launch comes first.
@@ -70,44 +70,53 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
 
 #include "attention.cc"
 
-#if !defined(JFA_ONLY_FORWARD) && !defined(JFA_ONLY_BACKWARD)
-#include "sm80/launch_backward.cuh"
-#include "sm80/launch_bias.cuh"
-#include "sm80/launch_forward.cuh"
-#include "sm90/launch_backward.cuh"
-#include "sm90/launch_forward.cuh"
-#else
 namespace jfa {
-inline Status left_out() { return Status::Unimplemented("this library holds one pass of sm90"); }
-namespace sm80 {
-template <int kHeadDim>
-Status launch_forward(const Problem&, cudaStream_t) {
-  return left_out();
-}
-template <int kHeadDim>
-Status launch_backward(const Problem&, const Gradients&, cudaStream_t) {
-  return left_out();
-}
-}  // namespace sm80
+inline Status left_out() { return Status::Unimplemented("this library holds another pass, or another family's"); }
 }  // namespace jfa
-#ifdef JFA_ONLY_FORWARD
-#include "sm90/launch_forward.cuh"
-template <int kHeadDim>
-jfa::Status jfa::sm90::launch_backward(const Problem&, const Gradients&, int, cudaStream_t) {
-  return left_out();
-}
+
+#if JFA_BACKWARD
+#include "sm80/launch_bias.cuh"
+#else
 template <int kHeadDim>
 jfa::Status jfa::sm80::launch_bias(const Problem&, const Gradients&, cudaStream_t) {
   return left_out();
 }
+#endif
+
+#if JFA_FAMILY == 80 && !JFA_BACKWARD
+#include "sm80/launch_forward.cuh"
 #else
-#include "sm80/launch_bias.cuh"
-#include "sm90/launch_backward.cuh"
+template <int kHeadDim>
+jfa::Status jfa::sm80::launch_forward(const Problem&, cudaStream_t) {
+  return left_out();
+}
+#endif
+
+#if JFA_FAMILY == 80 && JFA_BACKWARD
+#include "sm80/launch_backward.cuh"
+#else
+template <int kHeadDim>
+jfa::Status jfa::sm80::launch_backward(const Problem&, const Gradients&, cudaStream_t) {
+  return left_out();
+}
+#endif
+
+#if JFA_FAMILY == 90 && !JFA_BACKWARD
+#include "sm90/launch_forward.cuh"
+#else
 template <int kHeadDim>
 jfa::Status jfa::sm90::launch_forward(const Problem&, uint32_t*, int, cudaStream_t) {
   return left_out();
 }
 #endif
+
+#if JFA_FAMILY == 90 && JFA_BACKWARD
+#include "sm90/launch_backward.cuh"
+#else
+template <int kHeadDim>
+jfa::Status jfa::sm90::launch_backward(const Problem&, const Gradients&, int, cudaStream_t) {
+  return left_out();
+}
 #endif
 
 namespace {

@@ -1,5 +1,6 @@
 """The package's kernels on the emulator, called with the cases of cases.py."""
 
+import concurrent.futures
 import ctypes
 import math
 
@@ -71,21 +72,24 @@ _OTHER_TYPE = {
 }
 
 
-def library(head_dim, edits=(), only=None, dtype=None):
-    """The kernels compiled for head dims up to one of HEAD_DIMS.
+def library(head_dim, family, backward, edits=(), dtype=None):
+    """One pass of a family, compiled for head dims up to one of HEAD_DIMS.
 
     Args:
       head_dim: the largest.
-      edits: as of build().
-      only: "forward" or "backward": that pass of sm90 for dtype, not optimised. That compiles in a
-        fourth of the time.
+      family: "sm80" or "sm90".
+      backward: that pass, or the forward.
+      edits: as of build(): a mutant, for dtype alone and not optimised, since compiling it takes
+        longer than running it.
       dtype: "float16" or "bfloat16".
     """
-    flags = (f"-DJFA_HEAD_DIMS={head_dim}",)
-    if only is not None:
-        flags += (f"-DJFA_ONLY_{only.upper()}", "-O0")
-        edits = (*edits, _OTHER_TYPE[dtype])
-    loaded = build("kernels.cc", *flags, edits=edits)
+    flags = ()
+    defines = (
+        f"JFA_HEAD_DIMS={head_dim}", f"JFA_FAMILY={family[2:]}", f"JFA_BACKWARD={int(backward)}",
+    )  # fmt: skip
+    if edits:
+        flags, edits = ("-O0",), (*edits, _OTHER_TYPE[dtype])
+    loaded = build("kernels.cc", *flags, defines=defines, edits=edits)
     loaded.call_bytes.restype = ctypes.c_uint64
     loaded.scratch_floats.restype = ctypes.c_int64
     if loaded.call_bytes() != ctypes.sizeof(_Call):
@@ -106,8 +110,8 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
       general: pass the scale as an array, so that the kernels for general scores run in any case.
       deterministic: dQ by backward_query instead of the accumulator.
       lse_cotangent: give the backward a gradient of lse.
-      family: of kernels: "sm80", "sm90", or "auto" for the package's own choice.
-      edits: as of build(): run a mutant of the kernels; of sm90, that of the last pass that runs.
+      family: of kernels: "sm80" or "sm90".
+      edits: as of build(): run a mutant of the last pass that runs.
       **device: arguments of Device.
 
     Raises:
@@ -152,9 +156,13 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         call.bias = _scores(memory.input("bias", bias), bias)
         call.mask = _scores(memory.input("mask", mask), mask)
 
-    mutated = ("backward" if gradients else "forward") if edits and family == "sm90" else None
-    loaded = library(dim) if mutated == "backward" else library(dim, edits, mutated, dtype)
-    with Device(loaded, **device) as memory:
+    # Each in a thread, since compiling takes long; edits are the last's.
+    compilations = [(dim, family, True, edits, dtype)] if gradients else []
+    compilations.insert(0, (dim, family, False, () if gradients else edits, dtype))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        forward, *backward = pool.map(lambda arguments: library(*arguments), compilations)
+
+    with Device(forward, **device) as memory:
         prepare(memory)
         # NaN cannot be a result: what is left alone fails the caller's comparison as well.
         out = np.full((batch, q_len, heads, value.shape[3]), np.nan, query.dtype)
@@ -167,8 +175,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
     if not gradients:
         return results
 
-    loaded = library(dim, edits, mutated, dtype) if mutated else loaded
-    with Device(loaded, **device) as memory:
+    with Device(*backward, **device) as memory:
         prepare(memory)
         # What the forward wrote is an input now, as it is to the package's second call.
         call.o, call.lse = memory.input("out", out), memory.input("lse", lse)

@@ -1,4 +1,5 @@
-// Included before everything else: CUDA's vocabulary for a compiler that does not know it.
+// Included before everything else, and compiled once for many libraries: CUDA's vocabulary for a compiler that does not
+// know it, then all headers that mutants of the kernels leave alone, so nothing that includes csrc.
 #pragma once
 
 #include <vector_types.h>
@@ -22,3 +23,13 @@
 
 using std::max;
 using std::min;
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime_api.h>
+
+#include "api.h"
+#include "common/device.cuh"
+#include "sm80/ptx.cuh"
+#include "wgmma.h"
