@@ -1,6 +1,8 @@
 """The CPU emulator catches what it must (selftest.cc), and the CUDA kernels run right on it."""
 
+import concurrent.futures
 import itertools
+import time
 import zlib
 
 import ml_dtypes
@@ -9,7 +11,7 @@ import pytest
 from cases import CASES, Case, every_case, some_cases
 from compare import expected, judge_all, with_seeds
 from emulator import kernels
-from emulator.emulator import Device, FaultError, build, why_unavailable
+from emulator.emulator import Device, FaultError, build, make_once, why_unavailable
 from oracle import attend
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
@@ -44,6 +46,21 @@ BUGS = {
     "divergent warp": "the warp diverged",
     "no warp barrier": "nobody has written|races with a write",
 }
+
+
+def test_what_several_want_at_once_is_made_once(tmp_path):
+    makers = []
+
+    def make_into(folder):
+        makers.append(folder)
+        time.sleep(0.2)
+        (folder / "library.so").write_text("made")
+
+    library = tmp_path / "library.so"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: make_once(library, make_into), range(4)))
+    assert library.read_text() == "made"
+    assert len(makers) == 1
 
 
 def gemm(dtype, transposed, bug=0, flags=(), extents=(128, 192, 128), **device):

@@ -115,7 +115,7 @@ def build(
         command += ["-shared", "-Wl,-Bsymbolic", str(HERE / source)]
         _run([*command, "-o", str(folder / library.name)])
 
-    _make_once(library, compile_into)
+    make_once(library, compile_into)
     loaded = ctypes.CDLL(str(library))
     loaded.memory_create.restype = ctypes.c_void_p
     loaded.memory_allocate.restype = ctypes.c_void_p
@@ -133,7 +133,7 @@ def _precompiled(flags: tuple[str, ...]) -> pathlib.Path:
         (folder / made.name).replace(made)
         (folder / header.name).write_text(f'#include "{PRELUDE}"\n')  # for a compiler without
 
-    _make_once(header, compile_into)
+    make_once(header, compile_into)
     return header
 
 
@@ -176,7 +176,7 @@ def _digest(key: tuple, *folders: pathlib.Path) -> str:
     return digest.hexdigest()[:20]
 
 
-def _make_once(file: pathlib.Path, make_into: Callable[[pathlib.Path], None]) -> None:
+def make_once(file: pathlib.Path, make_into: Callable[[pathlib.Path], None]) -> None:
     """Has make_into(folder) make a file of this name; processes that want the same wait for it."""
     if file.exists():
         return
