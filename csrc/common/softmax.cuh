@@ -49,7 +49,7 @@ __device__ __forceinline__ float finish_row(float m, float part, float factor_lo
     of_keys = exp2_approximate(reference - top);
     sum = fmaf(sum, of_keys, sink == top ? 1.0f : exp2_approximate(sink - top));
   }
-  lse = sum == 0.0f ? minus_infinity() : fmaf(top, factor, log2f(sum)) * kLn2;
+  lse = sum == 0.0f ? minus_infinity() : fmaf(top, factor, log2_approximate(sum)) * kLn2;
   return sum == 0.0f ? 0.0f : of_keys * reciprocal_approximate(sum);  // a sum is at least 1: its largest term
 }
 

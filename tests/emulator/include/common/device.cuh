@@ -228,6 +228,8 @@ inline float exp2_approximate(float x) {
   return y < 0x1p-126f ? 0.0f : y;  // .ftz; NaN stays
 }
 
+inline float log2_approximate(float x) { return std::log2(x); }
+
 inline float tanh_approximate(float x) {
   const float y = std::tanh(x);
   return y != y ? y : float_of((uint32_t(bits_of(y)) + 0x1000) & ~0x1fffu);  // relative error 2^-11
