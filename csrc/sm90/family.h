@@ -59,6 +59,8 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
         return with_sight(Type<typename Tiles::Short>{}, std::false_type{});
       case ForwardKind::kLong:
         return with_sight(Type<typename Tiles::Long>{}, std::false_type{});
+      case ForwardKind::kShortDense:
+        return f(Type<typename Tiles::ShortDense>{}, std::false_type{});
       case ForwardKind::kDense:
         break;
     }

@@ -92,6 +92,7 @@ using ReadingTile =
 template <int kHeadDim, int kValueDim>
 struct ForwardTiles {
   using Dense = ForwardTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using ShortDense = Dense;
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
@@ -103,7 +104,8 @@ struct ForwardTiles {
 
 template <>
 struct ForwardTiles<64, 64> {
-  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;     // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using Dense = ForwardTile<64, 64, 3, 128, 6, false>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
+  using ShortDense = Dense;
   using Long = ForwardTile<64, 64, 3, 96, 6, true>;        // causal 4k: 438 (2x128: 431), 16k: 513 (472)
   using Short = ForwardTile<64, 64, 2, 128, 6, true>;      // causal 1k: 330 (3x96: 289)
   using GeneralDense = Long;                               // 337 (2x128: 329)
@@ -115,7 +117,8 @@ struct ForwardTiles<64, 64> {
 template <>
 struct ForwardTiles<96, 96> {
   using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 581 (without cluster 561)
-  using Long = Dense;                                     // causal: 507 (484)
+  using ShortDense = Dense;
+  using Long = Dense;  // causal: 507 (484)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using GeneralDense = Short;                                 // 433 (cluster 437)
   using General = Short;                                      // causal: 377 (376)
@@ -125,7 +128,8 @@ struct ForwardTiles<96, 96> {
 };
 template <>
 struct ForwardTiles<128, 128> {
-  using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;      // 1k: 594 (without cluster 571), 16k: 717 (685)
+  using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
+  using ShortDense = Dense;
   using Long = Dense;                                           // causal 4k: 608 (589), 16k: 693 (651)
   using Short = ForwardTile<128, 128, 2, 128, 4, true>;         // causal 1k: 432 (with cluster 418), 2k: 555 (545)
   using GeneralDense = Dense;                                   // 508 (without cluster 497)
@@ -137,6 +141,7 @@ struct ForwardTiles<128, 128> {
 template <>
 struct ForwardTiles<192, 128> {
   using Dense = ForwardTile<192, 128, 2, 128, 3, false>;  // causal 8k: 620; no other tile was tried
+  using ShortDense = Dense;
   using Long = Dense;
   using Short = Dense;
   using GeneralDense = Dense;
@@ -148,7 +153,8 @@ struct ForwardTiles<192, 128> {
 template <>
 struct ForwardTiles<192, 192> {
   using Dense = ForwardTile<192, 192, 2, 112, 3, false>;  // 703 (2x64: 697)
-  using Long = ForwardTile<192, 192, 2, 64, 6, false>;    // causal: 564 (2x96: 536)
+  using ShortDense = Dense;
+  using Long = ForwardTile<192, 192, 2, 64, 6, false>;  // causal: 564 (2x96: 536)
   using Short = Long;
   using GeneralDense = Dense;                                // 578 (2x64: 542)
   using General = Dense;                                     // causal: 503 (2x64: 491)
@@ -158,19 +164,20 @@ struct ForwardTiles<192, 192> {
 };
 template <>
 struct ForwardTiles<256, 256> {
-  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;      // 711 (2x64: 705), 16k: 760 (742); 1k: 596 (603)
-  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;    // causal 4k: 612 (without cluster 594), 16k: 719 (684)
-  using Short = ForwardTile<256, 256, 2, 64, 5, false>;      // causal 1k: 432 (with cluster 425)
-  using GeneralDense = Short;                                // 593 (with cluster 596)
-  using General = Short;                                     // causal: 523 (with cluster 506)
-  using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;  // causal: 470 (with cluster 446)
+  using Dense = ForwardTile<256, 256, 2, 96, 3, false>;       // 711 (2x64: 705), 16k: 760 (742)
+  using ShortDense = ForwardTile<256, 256, 2, 64, 5, false>;  // 1k: 581 (2x96: 562)
+  using Long = ForwardTile<256, 256, 2, 64, 5, false, 2>;     // causal 4k: 612 (without cluster 594), 16k: 719 (684)
+  using Short = ShortDense;                                   // causal 1k: 432 (with cluster 425)
+  using GeneralDense = Short;                                 // 593 (with cluster 596)
+  using General = Short;                                      // causal: 523 (with cluster 506)
+  using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;   // causal: 470 (with cluster 446)
   using Biased = BiasedTile<256, 256, 2, 32, 6, false>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
-// Scores of the first three are plain. Of the others they are general: worked out; worked out, and some dropped; with a
+// Scores of the first four are plain. Of the others they are general: worked out; worked out, and some dropped; with a
 // bias that comes by TMA; or with what the threads that use it read from memory, where some may be dropped too.
-enum class ForwardKind { kDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kBiased, kReading };
+enum class ForwardKind { kDense, kShortDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kBiased, kReading };
 
 // Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
 // of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
@@ -204,12 +211,14 @@ inline ForwardKind general_kind(const Problem& p) {
 // Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
-  constexpr int64_t kShortKeys = 2048;
+  constexpr int64_t kShortKeys = 2048, kShortDenseKeys = 1024;
   if (is_general(p)) return general_kind(p);
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
-  if (is_dense(p) && !reads_visibility(p)) return ForwardKind::kDense;
+  if (is_dense(p) && !reads_visibility(p)) {
+    return p.shape.k_len <= kShortDenseKeys ? ForwardKind::kShortDense : ForwardKind::kDense;
+  }
   const Visibility& v = p.visibility;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
