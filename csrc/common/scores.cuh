@@ -125,7 +125,11 @@ struct ScoreRule {
     // In short rounds: nothing is loaded ahead, and the words would need registers beside the products under way.
     ScoreWords<kCols % 8 == 0 ? 8 : 4> words;
     compute_scores<true, kReads>(s, at, sequence, false, words, slopes);
-    if (!hides) return;
+    if (hides) hide_transposed(s, at, sequence);
+  }
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void hide_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                  const Sequence& sequence) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));

@@ -287,6 +287,39 @@ __device__ __forceinline__ void gradients_of_columns(const Fragment<kRows, kCols
   }
 }
 
+// The same in other steps, for those who have dp when it comes to exponentials: these then run beside all the rest.
+// First scores become exponents,
+template <int kRows, int kCols>
+__device__ __forceinline__ void exponents_of_columns(Fragment<kRows, kCols>& s, float factor_log2, uint32_t lse_log2) {
+#pragma unroll
+  for (int c = 0; c < kCols; c += 2) {
+    const float2 lse = load_shared_f32x2(lse_log2 + Position<>::col_offset(c) * 4);
+#pragma unroll
+    for (int n = 0; n < 2 * kRows; ++n) {
+      float& x = s.v[n / 2][c + n % 2];
+      x = fmaf(x, factor_log2, n % 2 == 0 ? -lse.x : -lse.y);
+    }
+  }
+  s.settle_all();
+}
+// then p and ds. What is masked is -inf still.
+template <bool kMasked, int kRows, int kCols>
+__device__ __forceinline__ void softmax_gradient_of_columns(Fragment<kRows, kCols>& s, Fragment<kRows, kCols>& dp,
+                                                            uint32_t delta) {
+#pragma unroll
+  for (int c = 0; c < kCols; c += 2) {
+    const float2 d = load_shared_f32x2(delta + Position<>::col_offset(c) * 4);
+#pragma unroll
+    for (int n = 0; n < 2 * kRows; ++n) {
+      float& x = s.v[n / 2][c + n % 2];
+      float& ds = dp.v[n / 2][c + n % 2];
+      const bool hidden = kMasked && x == minus_infinity();
+      x = exp2_approximate(x);
+      ds = hidden ? 0.0f : x * (ds - (n % 2 == 0 ? d.x : d.y));
+    }
+  }
+}
+
 // What softmax_gradient() wants of a query row.
 __device__ __forceinline__ float lse_in_log2_units(float lse) {
   return lse == minus_infinity() ? INFINITY : lse * kLog2e;

@@ -13,6 +13,7 @@
 #include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
+#include "sm90/backward_products.cuh"
 #include "sm90/backward_work.cuh"
 #include "sm90/store_rows.cuh"
 
@@ -147,69 +148,6 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
   }
 }
 
-// S^T = K Q^T, and dP^T = V dO^T: one warpgroup's 64 keys. Products are issued, not waited for, here and below.
-template <class Element, class Shape>
-__device__ __forceinline__ void issue_scores_transposed(Fragment<2, Shape::kQ / 4>& s, uint32_t keys,
-                                                        uint32_t queries) {
-  constexpr int kKeyChunk = Tile<Shape::kK, Shape::kHeadDim>::kChunkBytes;
-  constexpr int kQueryChunk = Tile<Shape::kQ, Shape::kHeadDim>::kChunkBytes;
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
-    Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, descriptor_at(keys, step / 4 * kKeyChunk + step % 4 * 32),
-                                                         descriptor_at(queries, step / 4 * kQueryChunk + step % 4 * 32),
-                                                         step != 0);
-  }
-  wgmma_commit();
-}
-
-// dV += P^T dO, and dK += dS^T Q
-template <class Element, class Shape>
-__device__ __forceinline__ void issue_key_gradient(Fragment<2, Shape::kHeadDim / 4>& d,
-                                                   const uint32_t (&x)[Shape::kQ / 16][4], uint32_t queries) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Shape::kQ / 16; ++step) {
-    Wgmma<Shape::kHeadDim>::template rs<Element, true>(d.v, x[step], descriptor_at(queries, step * 16 * kRowBytes),
-                                                       true);
-  }
-  wgmma_commit();
-}
-
-// One warpgroup's share of dQ = dS K, or of its transposed.
-template <class Shape>
-using QueryGradient = Fragment<2, (Shape::kShare == QueryShare::kRows ? Shape::kHeadDim : Shape::kQ) / 4>;
-
-template <class Element, class Shape>
-__device__ __forceinline__ void issue_query_gradient(QueryGradient<Shape>& dq, uint32_t ds, uint32_t keys) {
-  constexpr int kChunk = Tile<Shape::kQ, Shape::kK>::kChunkBytes;
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < Shape::kK / 16; ++step) {
-    const uint64_t scores = descriptor_at(ds, step / 4 * kChunk + step % 4 * 32);
-    const uint64_t columns = descriptor_at(keys, step * 16 * kRowBytes);
-    if constexpr (Shape::kShare == QueryShare::kRows) {
-      Wgmma<Shape::kHeadDim>::template ss<Element, false, true>(dq.v, scores, columns, step != 0);
-    } else {
-      Wgmma<Shape::kQ>::template ss<Element, true, false>(dq.v, columns, scores, step != 0);
-    }
-  }
-  wgmma_commit();
-}
-
-// Adds a warp's band to the accumulator.
-template <class Shape>
-__device__ __forceinline__ void reduce_query_gradient(const QueryGradient<Shape>& dq, float* tile, int band) {
-  using Layout = QueryGradientLayout<Shape>;
-  if (band >= Layout::kBands) return;  // columns past the head dim
-  float* to = tile + band * Layout::kBandFloats + lane_index() * Layout::kLaneFloats;
-#pragma unroll
-  for (int n = 0; n < Layout::kPieces; ++n) {
-    add_global_x4(to + n * Layout::kPieceFloats,
-                  float4{dq.v[0][2 * n], dq.v[0][2 * n + 1], dq.v[1][2 * n], dq.v[1][2 * n + 1]});
-  }
-}
-
 // Writes a warp's 16 finished rows of dK and dV; those past k_len are zero, not what 0 x NaN made of them.
 template <class Element, class Shape, bool kGeneral>
 __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, const BackwardItem& item,
@@ -239,6 +177,10 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
   using ScoreTile = Tile<Shape::kQ, Shape::kK>;
   using Rule = ScoreRule<kGeneral>;
+  using Layout = QueryGradientLayout<Shape>;
+  // With registers to spare, P and dS are one block of instructions, and the address of dQ is kept from tile to tile
+  // (d 128: 1 and 2 %, d 96: 7 % together).
+  constexpr bool kRoomy = Shape::kWarpgroups == 2 && !kGeneral && !Shape::kMayDrop;
   constexpr int kQueryPlace = QueryTile::kBytes / 16, kScorePlace = ScoreTile::kBytes / 16;  // in a descriptor's units
   const int warpgroup = warp_index() / 4 - 1;
   const int warp = warp_index() - 4;
@@ -260,6 +202,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   const float factor_log2 = Rule::factor_of(a.p.scores);
   const bool dropping = drops<Shape>(a.p.scores);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
+  const int band = Shape::kShare == QueryShare::kTurns ? warp % 4 : warp;
+  const bool adds = !a.g.deterministic;  // to dQ
 
   RingPosition<Shape::kStages> at(0);
   int turn = 0;  // of kTurns: whose it is
@@ -280,6 +224,12 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     int h = broadcast(item.kv_head) * group;
     int heads_left = item.q_tiles > 0 ? group : 0;
     int i = first_row;
+    const auto dq_of = [&](int head, int row) {
+      const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
+      return dq_tile<Shape>(a.p, a.g, batch, head, row) + piece_offset<Layout>(band, 0) +
+             lane_index() * Layout::kLaneFloats;
+    };
+    float* dq_to = dq_of(h, first_row);  // follows i and h
 #pragma unroll 1
     while (heads_left > 0) {
       const int slot = at.slot;
@@ -299,43 +249,66 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       wgmma_wait<1>();
       s.settle_all();  // or the compiler looks at the scores before their product has been waited for
       const bool hides = Rule::template may_hide<Shape::kReadsScores>(unmasked, i, i + Shape::kQ);
-      if (kGeneral || hides) {
-        const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
-        Rule(a.p.scores, now.batch, h)
-            .template apply_transposed<Shape::kReadsScores>(s, Position<>(first_key, i), sequence_of<Shape>(a.p, now),
-                                                            hides, slopes);
-      }
       const float factor =
           kGeneral ? Rule::factor_of(a.p.scores) : factor_log2;  // without a register for the whole time
-      if (hides) {
-        probabilities_of_columns<true>(s, factor, statistics);
-      } else {
-        probabilities_of_columns<false>(s, factor, statistics);
-      }
-      if (dropping) {
-        const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
-        DropoutBits(a.p, batch, h).template mark<true>(s, Position<>(first_key, i));
-      }
-      wgmma_wait<0>();
-      dp.settle_all();
-      if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
-      if (hides) {
-        gradients_of_columns<true, Shape::kMayDrop>(s, dp, statistics + Shape::kQ * 4);
-      } else {
-        gradients_of_columns<false, Shape::kMayDrop>(s, dp, statistics + Shape::kQ * 4);
-      }
-      if (dropping) clear_marked(s);
-      if (kGeneral && Shape::kCaps && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
-      to_operand<Element>(p_operand, s);
-      to_operand<Element>(ds_operand, dp);
+      const uint32_t delta = statistics + Shape::kQ * 4;
+      const auto round = [&] {
+        to_operand<Element>(p_operand, s);
+        to_operand<Element>(ds_operand, dp);
 #pragma unroll
-      for (int step = 0; step < Shape::kQ / 16; ++step) {
-        store_matrix_x4_transposed(ds_place + slot * ScoreTile::kBytes + step * 16 * kRowBytes, ds_operand[step]);
+        for (int step = 0; step < Shape::kQ / 16; ++step) {
+          store_matrix_x4_transposed(ds_place + slot * ScoreTile::kBytes + step * 16 * kRowBytes, ds_operand[step]);
+        }
+      };
+      const auto with_rule = [&](const auto& use) {
+        const BackwardItem now = load_item<BackwardItem>(shared_address(&smem.items[taken % kBackwardItems]));
+        use(Rule(a.p.scores, now.batch, h), Position<>(first_key, i), sequence_of<Shape>(a.p, now));
+      };
+      if constexpr (kRoomy) {
+        exponents_of_columns(s, factor, statistics);  // before masks: scale may be 0, and 0 x -inf is NaN
+        if (hides)
+          with_rule(
+              [&](const auto& rule, const auto& at, const auto& sequence) { rule.hide_transposed(s, at, sequence); });
+        wgmma_wait<0>();
+        dp.settle_all();
+        if (hides) {
+          softmax_gradient_of_columns<true>(s, dp, delta);
+          round();
+        } else {
+          softmax_gradient_of_columns<false>(s, dp, delta);
+          round();
+        }
+      } else {
+        if (kGeneral || hides) {
+          with_rule([&](const auto& rule, const auto& at, const auto& sequence) {
+            rule.template apply_transposed<Shape::kReadsScores>(s, at, sequence, hides, slopes);
+          });
+        }
+        if (hides) {
+          probabilities_of_columns<true>(s, factor, statistics);
+        } else {
+          probabilities_of_columns<false>(s, factor, statistics);
+        }
+        if (dropping) {
+          const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
+          DropoutBits(a.p, batch, h).template mark<true>(s, Position<>(first_key, i));
+        }
+        wgmma_wait<0>();
+        dp.settle_all();
+        if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
+        if (hides) {
+          gradients_of_columns<true, Shape::kMayDrop>(s, dp, delta);
+        } else {
+          gradients_of_columns<false, Shape::kMayDrop>(s, dp, delta);
+        }
+        if (dropping) clear_marked(s);
+        if (kGeneral && Shape::kCaps && a.p.scores.soft_cap != 0.0f) slopes.multiply_into(dp);
+        round();
       }
       fence_async_shared();
       issue_key_gradient<Element, Shape>(dv, p_operand, d_o + slot * kQueryPlace);
 
-      const bool mine = !a.g.deterministic && (Shape::kShare != QueryShare::kTurns || turn == warpgroup);
+      const bool mine = adds && (Shape::kShare != QueryShare::kTurns || turn == warpgroup);
       if (mine) {
         QueryGradient<Shape> dq;
         named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);  // dS is complete
@@ -343,11 +316,11 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
         wgmma_wait<1>();
         dq.settle_all();
-        const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
-        reduce_query_gradient<Shape>(dq, dq_tile<Shape>(a.p, a.g, batch, h, i),
-                                     Shape::kShare == QueryShare::kTurns ? warp % 4 : warp);
+        if (band < Layout::kBands) {  // else past the head dim
+          add_query_gradient<Shape>(kRoomy ? dq_to : dq_of(h, i), dq);
+        }
       } else {
-        if (!a.g.deterministic) named_barrier_arrive(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);
+        if (adds) named_barrier_arrive(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
       }
       wgmma_wait<0>();
@@ -355,10 +328,12 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       at.advance();
       if (Shape::kShare == QueryShare::kTurns && ++turn == Shape::kWarpgroups) turn = 0;
       i += Shape::kQ;
+      dq_to += Layout::kTileFloats;
       if (i == end) {
         i = first_row;
         ++h;
         --heads_left;
+        dq_to = dq_of(h, first_row);
       }
     }
     arrive_for_warp(shared_address(&smem.kv_free));

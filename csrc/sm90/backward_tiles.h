@@ -51,8 +51,8 @@ struct BackwardTile : TileReads<kReads> {
 // backward on an H200, 16384 tokens x 2048 columns in all, against the next best tile tried.
 template <int kHeadDim>
 struct BackwardTiles {
-  using Dense = BackwardTile<kHeadDim, 2, 80, QueryShare::kColumns>;  // 4k: 515 (64 queries: 497), 16k: 543 (523)
-  using Long = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;   // causal 4k: 461 (80: 442)
+  using Dense = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;  // 80 queries spill: 4k 500 against 512
+  using Long = Dense;
   using Short = Long;
   using General = typename Long::Seeing;
   using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
@@ -61,7 +61,7 @@ struct BackwardTiles {
 };
 template <>
 struct BackwardTiles<96> {
-  using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;
+  using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;  // 458 (80 queries: 461), causal 423 (416)
   using Long = Dense;
   using Short = Long;
   using General = Long::Seeing;
@@ -99,17 +99,17 @@ auto with_backward_tile(const Problem& p, F&& f) {
 
 // Tiles of dQ are accumulated in f32, in the order of the threads' registers. A tile is cut into bands, each the 16
 // rows of dQ (or, transposed, 16 columns) that a warp has, and a band into pieces of 16 x 8, where each lane has 4
-// numbers side by side.
+// numbers side by side. The pieces that warps of a warpgroup add at the same time lie next to each other.
 template <class Tile>
 struct QueryGradientLayout {
   static constexpr bool kTransposed = Tile::kShare != QueryShare::kRows;
   static constexpr int kBands = (kTransposed ? Tile::kHeadDim : Tile::kQ) / 16;
+  static constexpr int kTogether = kBands % 4 == 0 ? 4 : 2;  // bands whose pieces alternate
   static constexpr int kPieces = (kTransposed ? Tile::kQ : Tile::kHeadDim) / 8;
   static constexpr int kLaneFloats = 4;
   static constexpr int kPieceFloats = 32 * kLaneFloats;
-  static constexpr int kBandFloats = kPieces * kPieceFloats;
-  static constexpr int kTileFloats = kBands * kBandFloats;
-  static_assert(kTileFloats == Tile::kQ * Tile::kHeadDim);
+  static constexpr int kTileFloats = kBands * kPieces * kPieceFloats;
+  static_assert(kBands % kTogether == 0 && kTileFloats == Tile::kQ * Tile::kHeadDim);
 };
 
 inline int64_t query_tiles(const Problem& p, int q_tile) { return (int64_t(p.shape.q_len) + q_tile - 1) / q_tile; }

@@ -73,6 +73,21 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   return item;
 }
 
+// In a tile of dQ's accumulator, where a piece of a band begins; and of the `number`-th piece in memory, which it is.
+template <class Layout>
+__device__ __forceinline__ constexpr int piece_offset(int band, int piece) {
+  constexpr int kTogether = Layout::kTogether;
+  return ((band / kTogether * Layout::kPieces + piece) * kTogether + band % kTogether) * Layout::kPieceFloats;
+}
+template <class Layout>
+__device__ __forceinline__ constexpr int band_of_piece(int number) {
+  return number / (Layout::kTogether * Layout::kPieces) * Layout::kTogether + number % Layout::kTogether;
+}
+template <class Layout>
+__device__ __forceinline__ constexpr int piece_of_band(int number) {
+  return number / Layout::kTogether % Layout::kPieces;
+}
+
 // Where the pieces of one tile of dQ begin.
 template <class Shape>
 __device__ __forceinline__ float* dq_tile(const Problem& p, const Gradients& g, int b, int h, int row) {

@@ -31,11 +31,11 @@ __global__ void __launch_bounds__(kStoreThreads)
 #pragma unroll 4
   for (int n = thread_index(); n < Layout::kTileFloats / Layout::kLaneFloats; n += kStoreThreads) {
     const float4 v = load_global(reinterpret_cast<const float4*>(tile) + n);
-    const int piece = n / kWarpThreads;
+    const int number = n / kWarpThreads;
     const int lane = n % kWarpThreads;
     // As in Fragment and Position: rows and columns of the product, which may be dQ^T.
-    const int row = piece / Layout::kPieces * 16 + lane / 4;
-    const int col = piece % Layout::kPieces * 8 + lane % 4 * 2;
+    const int row = band_of_piece<Layout>(number) * 16 + lane / 4;
+    const int col = piece_of_band<Layout>(number) * 8 + lane % 4 * 2;
     const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
