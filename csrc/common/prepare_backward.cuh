@@ -21,11 +21,15 @@ constexpr int64_t kMaxRows = 0x7fffffff;  // 64-bit divisions of every thread wo
 // `Family` keeps the families' copies apart: they are compiled for different GPUs.
 template <class Element, class Family>
 __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_backward(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, int log_lanes) {
+    prepare_backward(const __grid_constant__ Problem p, const __grid_constant__ Gradients g, int log_lanes,
+                     int words_per_thread) {
   const unsigned rows = unsigned(p.shape.batch) * p.shape.q_len * p.shape.heads;
-  const int64_t thread = int64_t(block_index()) * kPrepareThreads + thread_index();
-  for (int64_t n = thread; n < g.cleared_floats / 4; n += int64_t(grid_blocks()) * kPrepareThreads) {
-    store_global(reinterpret_cast<uint4*>(g.dq_accumulator) + n, uint4{0, 0, 0, 0});
+  // The first heads come last: they are still in the L2 when the backward begins with them.
+  const int64_t block = grid_blocks() - 1 - block_index();
+  const int64_t thread = block * kPrepareThreads + thread_index();
+  for (int k = 0; k < words_per_thread; ++k) {
+    const int64_t n = (block * words_per_thread + k) * kPrepareThreads + thread_index();
+    if (n < g.cleared_floats / 4) store_global(reinterpret_cast<uint4*>(g.dq_accumulator) + n, uint4{0, 0, 0, 0});
   }
   if (rows == 0) return;
   const unsigned x = thread >> log_lanes;  // (b, i, h), h fastest
@@ -65,9 +69,11 @@ Status launch_prepare_backward(const Problem& p, const Gradients& g, cudaStream_
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) + "; the backward takes " +
                                  std::to_string(kMaxRows));
   }
-  const int64_t blocks = ((rows << log_lanes) + kPrepareThreads - 1) / kPrepareThreads;
-  return launch("jax_flashattn prepare_backward", prepare_backward<Element, Family>,
-                Grid{std::max<int64_t>(blocks, 1), kPrepareThreads, 0}, stream, p, g, log_lanes);
+  const int64_t blocks = std::max<int64_t>(((rows << log_lanes) + kPrepareThreads - 1) / kPrepareThreads, 1);
+  const int64_t threads = blocks * kPrepareThreads;
+  const int words_per_thread = static_cast<int>((g.cleared_floats / 4 + threads - 1) / threads);
+  return launch("jax_flashattn prepare_backward", prepare_backward<Element, Family>, Grid{blocks, kPrepareThreads, 0},
+                stream, p, g, log_lanes, words_per_thread);
 }
 
 }  // namespace jfa

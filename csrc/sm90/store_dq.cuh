@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kStoreThreads)
     store_dq(const __grid_constant__ Problem p, const __grid_constant__ Gradients g) {
   using Layout = QueryGradientLayout<Shape>;
   auto& smem = shared_memory<StoreSmem<Shape>>();
-  const WorkItem item(block_index(), ceil_div(p.shape.q_len, Shape::kQ), p.shape.heads);
+  // The last heads come first: they are still in the L2.
+  const WorkItem item(grid_blocks() - 1 - block_index(), ceil_div(p.shape.q_len, Shape::kQ), p.shape.heads);
   const int first_row = item.tile * Shape::kQ;
   const int q_len = Sequence(p, item.batch).q_len;
   const float scale = ScoreRule<true>(p.scores, item.batch, item.head).scale;
