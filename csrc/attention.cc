@@ -203,8 +203,13 @@ Status backward(Problem p, Gradients g, float* scratch, int64_t scratch_floats, 
       if (family.hopper) launched = sm90::launch_backward<dim.value>(p, g, device.multiprocessors, stream);
     }
     if (!family.hopper) launched = sm80::launch_backward<dim.value>(p, g, stream);
-    if (launched.ok()) launched = sm80::launch_bias<dim.value>(p, g, stream);
-    return launched;
+    if (!launched.ok() || g.d_bias.data == nullptr) return launched;
+    if constexpr (sm90::kBuilt) {
+      if (family.hopper && sm90::has_bias_tiles(p)) {
+        return sm90::launch_bias<dim.value>(p, g, device.multiprocessors, stream);
+      }
+    }
+    return sm80::launch_bias<dim.value>(p, g, stream);
   });
 }
 

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "launch.h"
 #include "problem.h"
+#include "sm90/backward_bias_tiles.h"
 #include "sm90/backward_query_tiles.h"
 #include "sm90/backward_tiles.h"
 #include "sm90/backward_wide_tiles.h"
@@ -34,6 +35,10 @@ Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, 
 // Everything but the bias gradient.
 template <int kHeadDim>
 Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream);
+
+// That, where has_bias_tiles() and after launch_backward(), of which it needs delta.
+template <int kHeadDim>
+Status launch_bias(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream);
 
 // Calls f(Type<ForwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
 template <int kHeadDim, class F>
@@ -121,14 +126,24 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
       of_keys(tile, kKeys, backward_wide_order(p, decltype(tile)::type::kClusterKeys));
     });
   }
-  if (!has_query_kernel) return;
-  with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
+  const auto add_kernel = [&](auto tile, const std::string& what) {
     using Tile = typename decltype(tile)::type;
     plan.shared_memory_bytes = std::max<int64_t>(plan.shared_memory_bytes, Tile::kSharedBytes);
-    const WorkOrder order = forward_order(p, Tile::kQ);
-    plan.schedule += "; dQ by query tiles, " + std::to_string(Tile::kQ) + " x " + std::to_string(Tile::kK) + ", " +
-                     describe(order, order.drawn);
-  });
+    plan.schedule += "; " + what + ", " + std::to_string(Tile::kQ) + " x " + std::to_string(Tile::kK);
+  };
+  if (has_query_kernel) {
+    with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
+      const WorkOrder order = forward_order(p, decltype(tile)::type::kQ);
+      add_kernel(tile, "dQ by query tiles");
+      plan.schedule += ", " + describe(order, order.drawn);
+    });
+  }
+  if (g.d_bias.data == nullptr) return;
+  if (has_bias_tiles(p)) {
+    with_backward_bias_tile<kHeadDim>(p, [&](auto tile) { add_kernel(tile, "the gradient of the bias by its tiles"); });
+  } else {
+    plan.schedule += "; the gradient of the bias by the portable family";
+  }
 }
 
 }  // namespace jfa::sm90

@@ -112,7 +112,12 @@ jfa::Status jfa::sm90::launch_forward(const Problem&, uint32_t*, int, cudaStream
 
 #if JFA_FAMILY == 90 && JFA_BACKWARD
 #include "sm90/launch_backward.cuh"
+#include "sm90/launch_bias.cuh"
 #else
+template <int kHeadDim>
+jfa::Status jfa::sm90::launch_bias(const Problem&, const Gradients&, int, cudaStream_t) {
+  return left_out();
+}
 template <int kHeadDim>
 jfa::Status jfa::sm90::launch_backward(const Problem&, const Gradients&, int, cudaStream_t) {
   return left_out();
