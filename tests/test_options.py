@@ -280,6 +280,7 @@ def test_explain_tells_of_the_backward(dims, general, deterministic):
     apart = deterministic or dims[0] > 128
     assert ("dQ by query tiles" in told.backward_schedule) == apart
     assert ("dQ by float32 additions" in told.backward_schedule) != apart
+    assert ("gradient of the bias by its tiles, 128 x 112" in told.backward_schedule) == general
     assert told.backward_shared_memory_bytes <= _ffi.SHARED_MEMORY_BYTES
     assert told.backward_schedule in str(told)
     portable = jax_flashattn.explain(
@@ -287,6 +288,14 @@ def test_explain_tells_of_the_backward(dims, general, deterministic):
     )
     assert portable.backward_shared_memory_bytes < told.backward_shared_memory_bytes
     assert portable.scratch_bytes_backward == told.scratch_bytes_backward
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias_shape", [(1, 4, 1, 300), (1, 4, 300, 1)])
+def test_explain_tells_of_a_bias_of_one_row_or_column(bias_shape):
+    shapes = dict.fromkeys(("query", "key", "value"), (2, 300, 4, 64))
+    told = jax_flashattn.explain(**arrays(**shapes), bias=jnp.ones(bias_shape), platform="cuda")
+    assert "gradient of the bias by the portable family" in told.backward_schedule
 
 
 def test_signature_begins_as_jax_nns():

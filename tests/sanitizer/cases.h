@@ -240,6 +240,18 @@ inline void add_gradients(const Adder& add) {
   });
   add("grad_capped", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.soft_cap = 0.7f, c.window.window_right = 0; });
   add("grad_dropping", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.dropout_steps = 50000, c.window.window_right = 0; });
+  // Tiles of the gradient: several along both axes, some without a step, rows of odd length; and more of them than an
+  // H200 has pairs of multiprocessors.
+  add("grad_bias", {3, 300, 201, 4, 2, d, d}, [](Case& c) {
+    c.bias = {1, 1, 300, 201};
+    c.q_lengths = {300, 0, 130};
+    c.k_lengths = {201, 201, 77};
+    c.window.window_right = 0;
+  });
+  add("grad_bias_narrow", {2, 20, 150, 70, 35, d, d}, [](Case& c) {
+    c.bias = {1, 70, 20, 150};
+    c.bias_type = c.type;
+  });
   add("grad_drawn", {2, 20, 150, 70, 35, d, d}, [](Case& c) { c.window.window_right = 0; });
   if (d <= 128) add("grad_long", {1, d == 64 ? 4100 : 1030, 200, 1, 1, d, d}, [](Case&) {});
   if (d == 192) {

@@ -31,6 +31,7 @@ PASSES = {  # of a family, and their arguments; the slowest to compile first
     },
     "sm90": {
         "backward": "const Problem&, const Gradients&, int, cudaStream_t",
+        "bias": "const Problem&, const Gradients&, int, cudaStream_t",
         "forward": "const Problem&, uint32_t*, int, cudaStream_t",
     },
 }
