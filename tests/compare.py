@@ -21,11 +21,12 @@ needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="the package was buil
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "scale", "sinks")
 OUTPUT_FACTOR, GRADIENT_FACTOR = 2, 3
+MOST_BITS = 1024
 FLOAT32_SLACK = 2  # `low` is one order of summation, itself no better than any other
 
 
-def prepare(case, dtype, *, lse_cotangent=True, gradients=True, **options):
-    """A function without arguments, compiled at its first call, that runs attention on a case."""
+def traceable(case, dtype, *, lse_cotangent=True, gradients=True, **options):
+    """A function of the arrays that are differentiated, for jit, which runs a case; the arrays."""
     arrays = case.arrays(dtype)
     primal = {name: arrays.pop(name) for name in DIFFERENTIABLE if name in arrays}
     d_out, d_lse = case.cotangents(dtype)
@@ -44,7 +45,6 @@ def prepare(case, dtype, *, lse_cotangent=True, gradients=True, **options):
         out, lse = (x[None] for x in results)
         return (out, lse) if lse_cotangent else (out, jax.lax.stop_gradient(lse))
 
-    @jax.jit
     def forward_and_backward(primal):
         if not gradients:
             (out, lse), gradient = call(primal), {}
@@ -53,7 +53,14 @@ def prepare(case, dtype, *, lse_cotangent=True, gradients=True, **options):
             gradient = pullback((d_out, d_lse))[0]
         return {"out": out, "lse": lse} | gradient
 
-    return lambda: forward_and_backward(primal)
+    return forward_and_backward, primal
+
+
+def prepare(case, dtype, **options):
+    """A function without arguments, compiled at its first call, that runs attention on a case."""
+    function, primal = traceable(case, dtype, **options)
+    compiled = jax.jit(function)
+    return lambda: compiled(primal)
 
 
 def run(case, dtype, **options):
@@ -76,8 +83,11 @@ def with_seeds(arrays):
     arrays = dict(arrays)
     if "dropout_key" in arrays:
         batch, _, heads, _ = arrays["query"].shape
-        seeds = jax.random.bits(arrays.pop("dropout_key"), (batch, heads, 2), "uint32")
-        arrays["dropout_seeds"] = np.asarray(seeds)
+        # One program for any number of heads: its first bits are those of a smaller array.
+        bits = np.asarray(jax.random.bits(arrays.pop("dropout_key"), (MOST_BITS,), "uint32"))
+        if 2 * batch * heads > MOST_BITS:
+            raise ValueError(f"{batch} x {heads} seeds are more than with_seeds() makes")
+        arrays["dropout_seeds"] = bits[: 2 * batch * heads].reshape(batch, heads, 2)
     return arrays
 
 

@@ -1,4 +1,4 @@
-"""Random calls, 200 on a CPU and 1000 on a GPU: fuzz.py, and proof that it would find something."""
+"""Random calls, 200 on a CPU and 2000 on a GPU: fuzz.py, and proof that it would find something."""
 
 import concurrent.futures
 import itertools
@@ -6,19 +6,19 @@ import os
 import subprocess
 import sys
 
+import draws
 import fuzz
+import jax
 import numpy as np
 import pytest
-from cases import CASES, LENGTHS
-from compare import expected, with_seeds
+from cases import CASES, LENGTHS, PACKED, Case
+from compare import assert_same_bits, expected, run, with_seeds
 from oracle import attend
 from ways import NO_EMULATOR
 
-from jax_flashattn import attention
-
 # Compiling the reference for a shape takes a second, a run on the emulator a tenth of it.
 REFERENCE_SEEDS, EMULATOR_SEEDS = range(40), range(40, 200)
-GPU_CALLS, GPU_PROCESSES = 1000, 8
+GPU_CALLS, GPU_PROCESSES, GPU_CALLS_EACH = 2000, 8, 8  # the last: in one program
 
 
 @pytest.mark.parametrize("seed", REFERENCE_SEEDS)
@@ -33,13 +33,15 @@ def test_emulator(seed):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 def test_gpu(request):
     """In processes of their own: most of the time is tracing, and a fault ends one process only."""
     each = GPU_CALLS // GPU_PROCESSES
     threads = max(1, (os.cpu_count() or 1) // GPU_PROCESSES)
 
     def run(first):
-        command = [sys.executable, fuzz.__file__, "--way", "gpu", "--threads", str(threads)]
+        command = [sys.executable, fuzz.__file__, "--way", "gpu", "--threads", str(threads),
+                   "--each", str(GPU_CALLS_EACH)]  # fmt: skip
         command += ["--family", request.config.getoption("--cuda-family")]
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         return subprocess.run(
@@ -53,41 +55,30 @@ def test_gpu(request):
     assert not any(x.returncode for x in done), "\n".join(reports)
 
 
+NOT_PACKED = ("bias", "mask", "query lengths", "key lengths", "prefix", "spans", "sink tokens",
+              "segments in runs", "segments, mixed")  # fmt: skip
+PACKINGS = ("packed", "packed, no queries", "packed, no keys", "packed, unequal lengths",
+            "packed, rows outside", "packed, keys outside")  # fmt: skip
+
+
 def test_every_pair_of_features_is_called():
     """Among the seeds of the emulator, but for pairs that exclude each other."""
-    found = [fuzz.features(fuzz.draw(seed)) for seed in EMULATOR_SEEDS]
+    found = [draws.features(draws.draw(seed)) for seed in EMULATOR_SEEDS]
     excluded = [{"bfloat16", "float16"}, {"more keys", "more queries"},
                 {"static scale", "traced scale"}, {"segments in runs", "segments, mixed"},
                 {"segments in runs", "sink tokens"},
                 {"segments, mixed", "sink tokens"}]  # fmt: skip
+    excluded += map(set, itertools.product(PACKINGS, NOT_PACKED))
+    assert set.union(*found) >= {*PACKINGS, *NOT_PACKED}
     pairs = map(set, itertools.combinations(sorted(set.union(*found)), 2))
     missing = [pair for pair in pairs if not any(pair <= one for one in found)]
     assert sorted(map(sorted, missing)) == sorted(map(sorted, excluded))
 
 
-ARRAYS = CASES["dense-64x64"].arrays("float32")
-ID = np.zeros((2, 64), np.int32)
-NOT_TOGETHER = [  # ruled out by test_every_pair..., or drawn only beside what they need
-    {"num_sink_tokens": 3, "query_segment_ids": ID, "key_value_segment_ids": ID},
-    {"prefix_lengths": ID[:, 0], "is_causal": False},
-    {"bidirectional_spans": ID[:, None, :2], "is_causal": False},
-    {"dropout_rate": 0.5, "dropout_key": None},
-    {"query_segment_ids": ID, "key_value_segment_ids": None},
-]
-
-
-@pytest.mark.parametrize("options", NOT_TOGETHER, ids="-".join)
-def test_what_does_not_combine_is_refused(options):
-    """By a ValueError that names both."""
-    one, other, *_ = options
-    with pytest.raises(ValueError, match=f"{one}.*{other}|{other}.*{one}"):
-        attention(**ARRAYS, **options)
-
-
 def test_a_seed_is_one_call():
-    assert fuzz.draw(5) == fuzz.draw(5)
-    assert fuzz.draw(5).case.options == fuzz.draw(5).case.options
-    assert fuzz.draw(5) != fuzz.draw(6)
+    assert draws.draw(5) == draws.draw(5)
+    assert draws.draw(5).case.options == draws.draw(5).case.options
+    assert draws.draw(5) != draws.draw(6)
 
 
 def _without(name):
@@ -96,6 +87,17 @@ def _without(name):
 
 def _change(name, change):
     return lambda operands: operands | ({name: change(operands[name])} if name in operands else {})
+
+
+def _later(bounds):
+    """The second sequence begins one row later, where there is room for that."""
+    return np.maximum.accumulate(
+        np.minimum(bounds + (np.arange(bounds.shape[1]) == 1), bounds[:, -1:]), axis=1
+    )
+
+
+def _one_sequence(operands):
+    return operands | {name: operands[name][:, [0, -1]] for name in PACKED if name in operands}
 
 
 def _widen(window):
@@ -131,6 +133,9 @@ MUTANTS = {  # what is done to a call's options and arrays before it is run
     "spans one longer": _change("bidirectional_spans", lambda x: x + np.int32([0, 1])),
     "ids merged": _change("query_segment_ids", lambda x: x // 2),
     "ids of the keys shifted": _change("key_value_segment_ids", lambda x: np.roll(x, 1, axis=1)),
+    "sequences of queries one longer": _change("cu_seqlens_q", _later),
+    "sequences of keys one longer": _change("cu_seqlens_k", _later),
+    "sequences merged": _one_sequence,
     "key heads rotated": _change("key", lambda x: np.roll(x, 1, axis=2)),
     "batch rotated": _change("value", lambda x: np.roll(x, 1, axis=0)),
     "last value lost": _change("value", lambda x: np.concatenate([x[:, :-1], 0 * x[:, -1:]], 1)),
@@ -153,10 +158,19 @@ def _passes(call, mutate=lambda operands: operands):
     return True
 
 
+def _does_something(mutant, call):
+    """Whether a mutation changes a call's operands at all: most of the time is the oracle's."""
+    operands = call.case.arrays(call.dtype) | call.case.static()
+    mutated = MUTANTS[mutant](operands)
+    return mutated.keys() != operands.keys() or any(
+        mutated[name] is not x for name, x in operands.items()
+    )
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_found(mutant):
     """By at least three of the seeds; without the mutation they pass."""
-    calls = map(fuzz.draw, EMULATOR_SEEDS)
+    calls = (call for call in map(draws.draw, EMULATOR_SEEDS) if _does_something(mutant, call))
     found = (call for call in calls if not _passes(call, MUTANTS[mutant]))
     found = list(itertools.islice(found, 3))
     assert len(found) == 3
@@ -183,6 +197,33 @@ def test_failures_are_shown_and_the_device_is_asked(dead, monkeypatch):
     assert "illegal address" in shown[0]
     assert "dense-64x64" in tried
     assert any("canary failed" in text for text in shown) == dead
+
+
+def test_calls_of_one_program_equal_those_alone(monkeypatch):
+    """In their order; one that raises is named, and so is a program that raises alone."""
+    monkeypatch.setattr(fuzz, "implementation", lambda family: "xla")
+    cases = Case("three", 3, batch=1, heads=1), Case("four", 4, 5, batch=1, heads=1)
+    calls = [draws.Call(case, "bfloat16", False) for case in cases]
+    made = jax.tree.map(np.asarray, fuzz.together(calls))
+    for call, results in zip(calls, made, strict=True):
+        assert_same_bits(results, dict(run(call.case, call.dtype, implementation="xla")))
+
+    def results(call, *_):
+        return None if call.case.name == "fuzz-2" else call.case.name
+
+    def judge(case, dtype, made):
+        assert made is not None, "nothing came back"
+
+    monkeypatch.setattr(fuzz, "results", results)
+    monkeypatch.setattr(fuzz, "judge_call", judge)
+    monkeypatch.setattr(fuzz, "together", lambda calls, family: [x.case.name for x in calls])
+    assert fuzz.check_some(range(4), "gpu") == []
+    monkeypatch.setattr(fuzz, "together", lambda calls, family: 1 / 0)
+    program, alone = map(str, fuzz.check_some(range(4), "gpu"))
+    assert "range(0, 4) in one program" in program
+    assert "ZeroDivisionError" in program
+    assert "--seed 2 --way gpu" in alone
+    assert "nothing came back" in alone
 
 
 def test_command_line_repeats_a_seed():
