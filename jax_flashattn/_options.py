@@ -137,7 +137,8 @@ def normalise(
     if num_sink_tokens and query_ids is not None:
         raise ValueError(
             "num_sink_tokens counts the first keys of the whole sequence and does not combine with "
-            "query_segment_ids; give each document a batch entry of its own."
+            "query_segment_ids and key_value_segment_ids; give each document a batch entry of its "
+            "own."
         )
     operands = Operands(
         query,
