@@ -67,7 +67,8 @@ def draw(seed):
     options = _positions(dice, q_len, k_len)
     arrays = {}
     if is_packed:
-        options |= _packing(dice, q_len, k_len)
+        count = dice.pick(1, 2, dice.below(3, 9), dice.below(9, 40))
+        options |= packing(dice, q_len, k_len, count)
     else:
         options |= _visibility(dice, options, batch, q_len, k_len)
         arrays = _bias_and_mask(dice, (batch, heads, q_len, k_len))
@@ -106,16 +107,15 @@ def _positions(dice, q_len, k_len):
     return made
 
 
-def _packing(dice, q_len, k_len):
-    """Sequences of unequal lengths, some of them empty, with or without gaps before and behind."""
-    count = dice.pick(1, 2, dice.below(3, 9), dice.below(9, 40))
+def packing(dice, q_len, k_len, count):
+    """Bounds of `count` sequences of unequal lengths, some of them empty; there may be gaps."""
 
     def bounds(tokens):
         made = np.sort(dice.rng.integers(0, tokens + 1, count + 1))
         if dice.chance(0.5):
             made[0], made[-1] = 0, tokens
         empty = np.flatnonzero(dice.rng.random(count) < dice.pick(0, 0.4))
-        for n in empty:  # takes the place of the one before; the first begins where it ends
+        for n in empty:  # ends where it begins, but the first begins where it ends
             made[n + 1 if n else 0] = made[n if n else 1]
         return tuple(np.maximum.accumulate(made).tolist())
 

@@ -11,7 +11,7 @@ import fuzz
 import jax
 import numpy as np
 import pytest
-from cases import CASES, LENGTHS, PACKED, Case
+from cases import LENGTHS, PACKED, Case
 from compare import assert_same_bits, expected, run, with_seeds
 from oracle import attend
 from ways import NO_EMULATOR
