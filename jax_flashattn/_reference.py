@@ -176,28 +176,31 @@ def scale(operands: Operands, options: Options) -> Any:
     return options.scale if operands.scale is None else per_batch(operands.scale)
 
 
-def may_have_padding(operands: Operands) -> bool:
-    """Whether there may be rows and keys that mean nothing, whose arrays may hold NaN."""
+def may_hide_tokens(operands: Operands, options: Options) -> bool:
+    """Whether there may be rows that see nothing and keys nobody sees; those may hold NaN."""
     given = ("query_seq_lengths", "key_value_seq_lengths", "query_segment_ids", "cu_seqlens_q")
-    return any(getattr(operands, name) is not None for name in given)
+    window = (options.window_left, options.window_right) != (None, None)
+    return window or any(getattr(operands, name) is not None for name in given)
 
 
 def keys(operands: Operands, options: Options, rows: Rows, x):
     """key or value in float32, with 0 for what no row of the chunk sees: 0 * NaN is not 0."""
     x = x.astype(jnp.float32)
-    if not may_have_padding(operands):
+    if not may_hide_tokens(operands, options):
         return x
-    seen = jnp.any(visible(operands, options, rows.position), axis=-2)  # [b|1, 1, 1, j]
-    return jnp.where(jnp.moveaxis(seen, -1, 1), x, 0)
+    seen = jnp.any(visible(operands, options, rows.position), axis=-2)  # [b|1, 1, 1, j] or [j]
+    seen = jnp.moveaxis(seen, -1, 1) if seen.ndim > 1 else seen[:, None, None]
+    return jnp.where(seen, x, 0)
 
 
 def queries(operands: Operands, options: Options, rows: Rows, x):
     """Rows of query or d_out in float32, 0 for those that see no key, for the same reason."""
     x = x.astype(jnp.float32)
-    if not may_have_padding(operands):
+    if not may_hide_tokens(operands, options):
         return x
-    seeing = jnp.any(visible(operands, options, rows.position), axis=-1)  # [b|1, 1, 1, i]
-    return jnp.where(jnp.moveaxis(seeing, -1, 1)[..., None], x, 0)
+    seeing = jnp.any(visible(operands, options, rows.position), axis=-1)  # [b|1, 1, 1, i] or [i]
+    seeing = jnp.moveaxis(seeing, -1, 1) if seeing.ndim > 1 else seeing[:, None, None]
+    return jnp.where(seeing[..., None], x, 0)
 
 
 def group_heads(x, operands: Operands):

@@ -25,7 +25,7 @@ from jax_flashattn import varlen_attention
 
 COUNT = 20  # of programs
 SPECIAL = (-(2**31), 2**31 - 1, -1, 0, 1, 2**29, -(2**29))
-TOLERANCE = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 2e-2}
+TOLERANCE = {"float32": 5e-5, "float16": 4e-2, "bfloat16": 4e-2}
 GRADIENTS = ("query", "key", "value")
 
 

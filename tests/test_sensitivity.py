@@ -119,11 +119,11 @@ def sharded(options, implementation, dtype, mesh):
 
 
 def packed(options, implementation, dtype, mesh):
-    """Four sequences, of which one has one token."""
-    bounds = jnp.asarray([0, 90, 91, 200, B * T], "int32")
-    function = functools.partial(
-        varlen_attention, cu_seqlens_q=bounds, cu_seqlens_k=bounds, implementation=implementation
-    )
+    """Four sequences, of which one has one token, and fewer or more keys than rows."""
+    bounds = {"cu_seqlens_q": [0, 90, 91, 200, B * T], "cu_seqlens_k": [0, 60, 100, 250, B * T]}
+    bounds = {name: jnp.asarray(x, "int32") for name, x in bounds.items()}
+    options = {name: x for name, x in options.items() if name not in NOT_PACKED}
+    function = functools.partial(varlen_attention, **bounds, implementation=implementation)
     return results(function, inputs(dtype, (B * T,)), options)
 
 
@@ -133,8 +133,7 @@ CALLS = [
     (path, option)
     for path in PATHS
     for option in OPTIONS
-    # Packed sequences whose queries and keys are as many have one alignment.
-    if not (path == "varlen" and option in (*NOT_PACKED, "causal_alignment"))
+    if not (path == "varlen" and option in NOT_PACKED)
     and not (path == "segments" and option in ("segment_ids", "num_sink_tokens"))
 ]
 
