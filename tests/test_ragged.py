@@ -78,9 +78,11 @@ def test_mutant_is_found(mutant):
     wrong = MUTANTS[mutant](cu).astype(np.int32)
     changed = (wrong != cu).any(axis=(1, 2))
     found, _ = ragged.through_jax(INDEX, "xla")(cu, wrong)
-    noticed = ragged.wrong(found)
-    assert not noticed[~changed].any()
+    assert not ragged.wrong(found)[~changed].any()
     assert changed.sum() >= 5
+    # By as much as 16 bits would show; what lies outside is NaN, and so may the results be.
+    coarse = ragged.TOLERANCE["bfloat16"] / ragged.TOLERANCE["float32"]
+    noticed = ~(np.asarray(found["off"]) <= coarse)
     assert noticed[changed].mean() > 0.5
 
 
