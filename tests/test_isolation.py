@@ -9,8 +9,9 @@ same of keys that some rows see, a thousand times larger: tiles are shared, ther
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from emulator import kernels
 from test_metamorphic import BOTTOM, segments
-from ways import WAYS, Call, oracle, parts, visible, way_params
+from ways import DTYPE, WAYS, Call, oracle, parts, visible, way_params
 
 CAUSAL = {"is_causal": True}
 CALLS = {
@@ -36,10 +37,21 @@ CALLS = {
 CALLS["other segments"] = CALLS["other segments"].on(
     key_value_segment_ids=CALLS["other segments"].given["key_value_segment_ids"].astype(np.int32)
 )
+
+
+def hopper(call, gradients=True):
+    return kernels.run(call, DTYPE, gradients=gradients, deterministic=True, family="sm90")
+
+
+RUNS = WAYS | {"emulator, sm90": hopper}
+MARKED = {param.values[0]: param.marks for param in way_params(*WAYS)}
+MARKED["emulator, sm90"] = MARKED["emulator"]
 ON_THE_REFERENCE = ("sink tokens", "other segments", "scores")  # compiling them takes seconds
-RUNS = [(way, name) for way in ("emulator", "gpu") for name in CALLS]
-RUNS += [("reference", name) for name in ON_THE_REFERENCE]
-MARKED = {param.values[0]: param.marks for param in way_params("reference", "emulator", "gpu")}
+PAIRS = [
+    pytest.param(way, name, marks=MARKED[way])
+    for way in RUNS
+    for name in (ON_THE_REFERENCE if way == "reference" else CALLS)
+]
 
 
 def poisoned(call):
@@ -71,11 +83,9 @@ def check(run, name):
     assert_same_bits(dirty, clean)
 
 
-@pytest.mark.parametrize(
-    ("way", "name"), [pytest.param(*run, marks=MARKED[run[0]]) for run in RUNS]
-)
+@pytest.mark.parametrize(("way", "name"), PAIRS)
 def test_what_nobody_looks_at_may_be_nan(way, name):
-    check(WAYS[way], name)
+    check(RUNS[way], name)
 
 
 @pytest.mark.parametrize("name", CALLS)
