@@ -25,7 +25,7 @@ from jax_flashattn import varlen_attention
 
 COUNT = 20  # of programs
 SPECIAL = (-(2**31), 2**31 - 1, -1, 0, 1, 2**29, -(2**29))
-# Of the largest value: rounding has made 2.2e-2 of bfloat16 gradients, 3.5e-2 with much dropout.
+# Of the largest value. Rounding makes half of it; more with dropout, whose terms are larger.
 TOLERANCE = {"float32": 5e-5, "float16": 4e-2, "bfloat16": 4e-2}
 GRADIENTS = ("query", "key", "value")
 
@@ -106,7 +106,7 @@ def violations(case, dtype, made, cu, desired=None, xp=np):
         most = xp.where(keys[:, None, None], values, 0)
         found["no mean"] = (abs(floats["out"]) > 1.01 * abs(most).max()).sum()
     if desired is not None:
-        tolerance = TOLERANCE[dtype] * (1 + ("dropout_rate" in case.options))
+        tolerance = TOLERANCE[dtype] / (1 - case.options.get("dropout_rate", 0)) ** 0.5
         found["off"] = xp.zeros(())
         for name, x in (floats | {"lse": lse}).items():
             of = desired[name][0]
