@@ -169,13 +169,17 @@ MUTANTS = {
     "rows-not-cleaned": (
         "backward.cuh", "return part.contains(first + row) && ", "return ", "poisoned"),
     "masked-gradients-not-hidden": (
-        "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned"),
+        "../common/softmax.cuh", "ds = hidden ? 0.0f : x * (", "ds = x * (", "poisoned"),
+    "masked-gradients-not-hidden-of-general-scores": (
+        "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned-general"),
+    "address-of-dq-left-behind": (
+        "backward.cuh", "dq_to += Layout::kTileFloats;", "", "dense-1000x1000"),
 }  # fmt: skip
 
 
 def run_mutant(name, **options):
-    if name == "poisoned":
-        run_poisoned(True, 64, **options)
+    if name.startswith("poisoned"):
+        run_poisoned(True, 64, general=name.endswith("general"), **options)
     else:
         check(CASES[name], "bfloat16", family="sm90", **options)
 

@@ -294,10 +294,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     to_operand<Element>(p, s);
     if constexpr (Shape::kDrops) drop_packed(p, kept);
   };
-  const auto finish = [&](uint32_t item) { return finish_rows<Shape>(a, load_item<ForwardItem>(item), softmax); };
-  const auto store = [&](uint32_t item, const FinishedRows& rows) {
+  const auto store = [&](uint32_t item) {
     const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
-    store_output<Element, Shape>(a, smem, load_item<ForwardItem>(item), rows, o, kept);
+    store_output<Element, Shape>(a, smem, load_item<ForwardItem>(item), softmax, o, kept);
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -352,10 +351,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     if (!more) {
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
       pass_turn();
-      const FinishedRows rows = finish(done);
       wgmma_wait<0>();
       release(v_slot);
-      store(done, rows);
+      store(done);
     } else {
       Fragment<2, kScoreCols> s;
       Kept kept;
@@ -366,10 +364,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
       pass_turn();
       load_ahead();
-      const FinishedRows rows = finish(done);
       wgmma_wait<1>();
       release(v_slot);
-      store(done, rows);
+      store(done);
       wgmma_wait<0>();
       release(k_slot);
       release_query();

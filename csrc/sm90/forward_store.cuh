@@ -7,37 +7,23 @@
 
 namespace jfa::sm90 {
 
-// What the softmax of a thread's two rows has left to do.
-struct FinishedRows {
-  float inverse[2];  // O is to be multiplied by it
-  float lse[2];      // natural
-};
-
-template <class Shape>
-__device__ __forceinline__ FinishedRows finish_rows(const ForwardArguments& a, const ForwardItem& item,
-                                                    const LaggingSoftmax<2>& softmax) {
-  const Position<> at(item.first_row + (thread_index() / kWarpThreads - 4) * kOutputRows, 0);
-  FinishedRows rows;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float sink = minus_infinity();
-    if (Shape::kAnyVisibility) sink = sink_log2(a.p.scores.sinks, sequence_of<Shape>(a.p, item), item.head, at.row(r));
-    rows.inverse[r] = softmax.finish(r, sink, rows.lse[r]);
-  }
-  return rows;
-}
-
 // Writes one warp's 16 finished rows, times `factor`. lse is written for rows inside the tensor, with -inf for those
 // past q_len.
 template <class Element, class Shape>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem,
-                                             const ForwardItem& item, const FinishedRows& rows,
+                                             const ForwardItem& item, const LaggingSoftmax<2>& softmax,
                                              Fragment<2, Shape::kValueDim / 4>& o, float factor) {
   const Problem& p = a.p;
   const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
   const int warp_row = item.first_row + warp * kOutputRows;
   const Position<> at(warp_row, 0);
-  float inverse[2] = {rows.inverse[0] * factor, rows.inverse[1] * factor};
+  float inverse[2], lse[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float sink = minus_infinity();
+    if (Shape::kAnyVisibility) sink = sink_log2(p.scores.sinks, sequence_of<Shape>(p, item), item.head, at.row(r));
+    inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
+  }
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -54,13 +40,13 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
     warp_barrier();
 #pragma unroll
     for (int block = 0; block < Shape::kValueDim / 16; ++block) {
-      uint32_t pairs[4];
+      uint32_t rows[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = 4 * block + i / 2 * 2;
-        pairs[i] = pack<Element>(o.v[i % 2][c] * inverse[i % 2], o.v[i % 2][c + 1] * inverse[i % 2]);
+        rows[i] = pack<Element>(o.v[i % 2][c] * inverse[i % 2], o.v[i % 2][c + 1] * inverse[i % 2]);
       }
-      store_matrix_x4(to + Output::offset_bytes(lane_index() % 16, 2 * block + lane_index() / 16), pairs);
+      store_matrix_x4(to + Output::offset_bytes(lane_index() % 16, 2 * block + lane_index() / 16), rows);
     }
     fence_async_shared();
     warp_barrier();
@@ -80,7 +66,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
     const int i = at.row(r);
     if (lane_index() % 4 != 0 || i >= p.shape.q_len) continue;
     const int64_t row = (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len + i;
-    store_global(p.lse + row, i < item.q_len ? rows.lse[r] : minus_infinity());
+    store_global(p.lse + row, i < item.q_len ? lse[r] : minus_infinity());
   }
 }
 
