@@ -176,8 +176,8 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
-// log2(x), with an absolute error of 2^-22 for x in [0.5, 2], relative elsewhere; -inf of 0 (9.7.3.20 lg2). log2f() is a
-// chain of some thirty instructions, on which the end of a row would wait.
+// log2(x), with an absolute error of 2^-22 for x in [0.5, 2], relative elsewhere; -inf of 0 (9.7.3.20 lg2). log2f() is
+// a chain of some thirty instructions, on which the end of a row would wait.
 __device__ __forceinline__ float log2_approximate(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
