@@ -62,7 +62,7 @@ struct Scores {
   float soft_cap = 0.0f;  // 0: none
   ScoreTensor bias;
   HeadNumbers alibi_slopes;  // i and j aligned as in Visibility
-  ScoreTensor mask;          // bool, true: visible
+  ScoreTensor mask;          // bool, a byte of 0 or 1; 1: visible
   HeadNumbers sinks;         // a score of each row that has no key and no value
   Dropout dropout;
 };

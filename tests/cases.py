@@ -181,6 +181,13 @@ def _bias_and_mask():
         (t, s),
     ):
         yield Case("mask-" + "x".join(map(str, shape)), t, s, mask=shape, head_dim=16)
+    for shape in ((1, 1, 150, 272), (b, 1, 150, 272), (b, n, 150, 272)):  # rows that TMA can copy
+        yield Case("mask-aligned-" + "x".join(map(str, shape)), 150, 272, mask=shape)
+    features = ends | {"local_window_size": (70, None), "logits_soft_cap": 2.0}
+    yield Case("mask-aligned-lengths-cap", 150, 208, heads=4, kv_heads=2, mask=(b, 4, 150, 208),
+               options=features)  # fmt: skip
+    yield Case("mask-aligned-dim-160", 90, 208, heads=4, kv_heads=2, mask=(b, 4, 90, 208),
+               head_dim=160, options={"is_causal": True})  # fmt: skip
     yield Case("mask-bias", t, s, mask=(b, 1, t, s), bias=(1, n, t, s))
 
 

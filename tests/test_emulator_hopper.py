@@ -258,16 +258,6 @@ def test_forward_of_many_rows(dims, is_long):
     check(case, "bfloat16", family="sm90", gradients=False, multiprocessors=2)
 
 
-@pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_forward_of_a_bias_that_tma_copies(dims):
-    """More items than places for them, tiles that end before the tensor, rows that see little."""
-    options = {"is_causal": True, "causal_alignment": "bottom_right"}
-    case = Case("bias-by-tma", 290, 264, batch=1, heads=3, kv_heads=1, bias=(1, 3, 290, 264),
-                bias_dtype=None, options=options)  # fmt: skip
-    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
-    check(case, "float16", family="sm90", gradients=False, multiprocessors=2)
-
-
 @pytest.mark.parametrize("scale", [1e-38, 1e4])
 def test_forward_with_an_extreme_scale(scale):
     case = Case("extreme-scale", 65, 200, options={"scale": scale})
@@ -324,22 +314,6 @@ MUTANTS = {
         "forward.cuh",
         "wgmma_wait<0>();\n    release(k_slot);\n    release_query();",
         "release_query();\n    wgmma_wait<0>();\n    release(k_slot);", "dim-64-value-32"),
-    "bias-overwritten": (
-        "forward_bias.cuh",
-        "mbarrier_wait(shared_address(&smem.bias_free[w]), parity);", "",
-        "bias-aligned-1x2x150x264"),
-    "bias-not-awaited": (
-        "forward_bias.cuh",
-        "mbarrier_wait(shared_address(&smem.bias_full[warpgroup]), parity);", "",
-        "bias-aligned-1x2x150x264"),
-    "bias-given-back-while-it-is-read": (
-        "forward_bias.cuh", "settle_loads(loaded);", "", "bias-aligned-1x2x150x264"),
-    "bias-of-the-first-entry": (
-        "forward_bias.cuh", "bias.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
-    "item-not-kept-for-the-bias": (
-        "forward_bias.cuh",
-        "    arrive_for_lane(shared_address(&smem.q_free));  // the item has been read\n", "",
-        "bias-aligned-lengths"),
 }  # fmt: skip
 
 

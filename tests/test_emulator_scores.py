@@ -100,6 +100,7 @@ DROP, CAP, CAUSAL = {"dropout_rate": 0.3}, {"logits_soft_cap": 2.0}, {"is_causal
 KINDS = {
     "reading": dataclasses.replace(CASES["dropout-window-cap"], alibi=(2,)),
     "biased": dataclasses.replace(CASES["bias-aligned-1x2x150x264"], **SINKS),
+    "masked": dataclasses.replace(CASES["mask-aligned-2x2x150x272"], **SINKS),
     "dropping": Case("dropping", 150, options=DROP | CAUSAL, alibi=(2,)),
     "dropping-seeing": Case("dropping-seeing", 150, options=DROP | CAUSAL, **SINKS),
     "dense": Case("dense", 150, options=CAP, alibi=(2,)),

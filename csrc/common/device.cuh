@@ -29,6 +29,10 @@ __device__ __forceinline__ float shuffle_xor(float value, int lane_mask) {
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int lane_mask) {
   return __shfl_xor_sync(0xffffffff, value, lane_mask);
 }
+// What lane `source` has.
+__device__ __forceinline__ uint32_t shuffle_from(uint32_t value, int source) {
+  return __shfl_sync(0xffffffff, value, source);
+}
 // Lane 0's value, in all lanes and known to be the same in all.
 __device__ __forceinline__ uint32_t broadcast(uint32_t value) { return __shfl_sync(0xffffffff, value, 0); }
 __device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xffffffff, value); }

@@ -105,16 +105,17 @@ struct ScoreRule {
     compute_scores<false, true>(s, at, sequence, whole, words, slopes);
     if (!whole) hide_rows(s, at, sequence);
   }
-  // The same where nothing is read from memory: bias.add(), where bias.present(), adds what lies in shared memory
-  // already to scores in log2 units.
-  template <int kRows, int kCols, class StagedBias>
+  // The same where nothing is read from memory, but from tiles in shared memory: staged.add(), where staged.adds(),
+  // adds a bias to scores in log2 units; staged.hide(), where staged.hides(), applies a mask.
+  template <int kRows, int kCols, class Staged>
   __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at,
-                                               const Sequence& sequence, bool whole, const StagedBias& bias) const {
+                                               const Sequence& sequence, bool whole, Staged& staged) const {
     if constexpr (kGeneral) {
       NoSlopes none;
       scale_and_cap(s, none);
-      if (bias.present()) bias.add(s);
+      if (staged.adds()) staged.add(s);
       if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
+      if (staged.hides()) staged.hide(s);
     }
     if (!whole) hide_rows(s, at, sequence);
   }

@@ -193,11 +193,11 @@ struct Sequence {
   }
 };
 
-// What the first key of a tile is a multiple of: TMA copies a bias from multiples of 16 bytes on, and dropout numbers
-// keys in blocks of 32.
+// What the first key of a tile is a multiple of: TMA copies a bias or a mask from multiples of 16 bytes on, and dropout
+// numbers keys in blocks of 32.
 __device__ __forceinline__ int key_alignment(const Scores& scores) {
   if (scores.dropout.seeds != nullptr) return 32;
-  return scores.bias.data != nullptr ? 16 : 1;
+  return scores.bias.data != nullptr || scores.mask.data != nullptr ? 16 : 1;
 }
 
 // The keys that rows of a tile look at, in tiles of kK: those with sinks first, then those of the interval.

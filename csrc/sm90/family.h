@@ -56,8 +56,8 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
         return with_sight(Type<typename Tiles::General>{}, std::true_type{});
       case ForwardKind::kDropping:
         return with_sight(Type<typename Tiles::Dropping>{}, std::true_type{});
-      case ForwardKind::kBiased:
-        return f(Type<typename Tiles::Biased>{}, std::true_type{});
+      case ForwardKind::kStaging:
+        return f(Type<typename Tiles::Staging>{}, std::true_type{});
       case ForwardKind::kReading:
         return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:
@@ -97,6 +97,8 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
     plan.schedule = describe(order, order.drawn) + ", over persistent blocks; " + std::to_string(Tile::kSlots) +
                     " key and value tiles in flight" + (Tile::kQueryInRegisters ? ", queries in registers" : "") +
                     (Tile::kStoreByTma ? ", stores by TMA" : "");
+    if (Tile::kStagesScores) plan.schedule += p.scores.mask.data != nullptr ? ", mask by TMA" : ", bias by TMA";
+    if (Tile::kReadsScores) plan.schedule += ", bias and mask read by each thread";
   });
 }
 

@@ -10,8 +10,8 @@
 #include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
-#include "sm90/forward_bias.cuh"
 #include "sm90/forward_products.cuh"
+#include "sm90/forward_staged.cuh"
 #include "sm90/forward_store.cuh"
 #include "sm90/forward_work.cuh"
 
@@ -182,7 +182,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   Fragment<2, Shape::kValueDim / 4> o;
   using Kept = uint32_t[Shape::kK / 16][2];  // of dropout
   ScoreWords<kScoreCols> ahead;              // of bias and mask
-  uint32_t bias_parity = 0;
+  std::conditional_t<Shape::kStagesScores, StagedReader<Element, Shape>, NothingStaged> staged(a, smem);
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
 
@@ -251,6 +251,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   // What scores want from memory for the current tile of keys, of the item that was taken last.
   const auto load_ahead = [&] {
+    staged.load_ahead();
     if constexpr (Shape::kReadsScores) {
       const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
       const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
@@ -268,13 +269,11 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       const Sequence sequence = sequence_of<Shape>(a.p, item);
       const int row = item.first_row + (warp_index() - 4) * 16;
       const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
-      if constexpr (Shape::kStagesBias) {
-        rule.apply_staged(s, Position<>(row, j), sequence, whole, StagedBias<Element, Shape>{a, smem, bias_parity});
-      } else if constexpr (Shape::kReadsScores) {
+      if constexpr (Shape::kReadsScores) {
         NoSlopes none;
         rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
       } else {
-        rule.apply_staged(s, Position<>(row, j), sequence, whole, NoBias());
+        rule.apply_staged(s, Position<>(row, j), sequence, whole, staged);
       }
       if (const int next = next_tile<Shape>(item, j); Shape::kReadsScores && next < end) {
         rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
@@ -330,6 +329,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
       accumulate = true;
       pass_turn();
+      staged.load_ahead();
       wgmma_wait<1>();
       release(k_slot);
       release_query();
@@ -382,15 +382,12 @@ template <class Element, class Shape, bool kGeneral>
 __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_constant__ ForwardArguments a) {
   using Smem = ForwardSmem<Shape>;
   Smem& smem = shared_memory<Smem>();
+  const bool stages = a.staged != StagedScores::kNothing;  // one warp more, which loads them, reads items
   if (thread_index() == 0) {
     mbarrier_init(shared_address(&smem.item_ready), 1);
     mbarrier_init(shared_address(&smem.q_full), 1);
-    mbarrier_init(shared_address(&smem.q_free),
-                  Shape::kWarpgroups * kWarpgroupThreads + a.has_bias * kWarpThreads);  // and who loads the bias
-    for (int w = 0; w < Shape::kWarpgroups; ++w) {
-      mbarrier_init(shared_address(&smem.bias_full[w]), 1);
-      mbarrier_init(shared_address(&smem.bias_free[w]), 4);
-    }
+    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * kWarpgroupThreads + stages * kWarpThreads);
+    if (stages) init_staged_places(smem);
     for (int slot = 0; slot < Shape::kSlots; ++slot) {
       mbarrier_init(shared_address(&smem.full[slot]), 1);
       mbarrier_init(shared_address(&smem.landed[slot]), 1);
@@ -407,8 +404,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
   if (warp_index() < 4) {
     shrink_registers<Shape::kLoadRegisters>();
     if (warp_index() == 0) load_forward<Shape>(a, smem);
-    if constexpr (Shape::kStagesBias) {
-      if (a.has_bias && warp_index() == 1) load_bias<Shape>(a, smem);
+    if constexpr (Shape::kStagesScores) {
+      if (stages && warp_index() == 1) load_staged<Shape>(a, smem);
     }
   } else {
     grow_registers<Shape::kComputeRegisters>();

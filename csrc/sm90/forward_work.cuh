@@ -15,12 +15,14 @@ namespace jfa::sm90 {
 
 constexpr int kOutputRows = 16;  // of a warp: it stores them by itself
 
+constexpr int kStagedPlaces = 2;  // for the tiles of a warpgroup; tiles of a bias take both
+
 struct ForwardArguments {
-  TensorMap q, k, v, o, bias;
+  TensorMap q, k, v, o, scores;
   Problem p;
   WorkOrder order;
   uint32_t* counter;  // of items drawn; 0 before and after
-  bool has_bias;      // that comes by TMA, in tiles
+  StagedScores staged;
 };
 
 // One item as the roles see it: computed once, by the warp that loads.
@@ -38,16 +40,18 @@ constexpr int kItemBytes = 32;
 template <class Shape>
 struct ForwardSmem {
   using Output = Tile<kOutputRows, Shape::kValueDim>;
-  using Bias = Tile<kWarpgroupRows, Shape::kK>;
+  using StagedBias = Tile<kWarpgroupRows, Shape::kK>;
+  using StagedMask = ByteTile<kWarpgroupRows, Shape::kK>;
+  using StagedTile = StagedBias;
   struct Outputs {
     Output output[Shape::kWarpgroups * 4];  // of each warp
   };
-  struct Biases {
-    Bias bias[Shape::kWarpgroups];
+  struct Scores {
+    StagedTile scores[Shape::kWarpgroups];
   };
   struct NoOutputs {};
-  struct NoBiases {};
-  struct Staged : std::conditional_t<Shape::kStagesBias, Biases, NoBiases>,
+  struct NoScores {};
+  struct Staged : std::conditional_t<Shape::kStagesScores, Scores, NoScores>,
                   std::conditional_t<Shape::kStoreByTma, Outputs, NoOutputs> {};
 
   Tile<Shape::kQ, Shape::kHeadDim> q;
@@ -55,7 +59,7 @@ struct ForwardSmem {
   Staged staged;
   alignas(8) uint64_t item_ready, q_full, q_free;  // q_free: also the item has been read
   uint64_t full[Shape::kSlots], free[Shape::kSlots];
-  uint64_t bias_full[Shape::kWarpgroups], bias_free[Shape::kWarpgroups];
+  uint64_t staged_full[Shape::kWarpgroups][kStagedPlaces], staged_free[Shape::kWarpgroups][kStagedPlaces];
   // A tile of V that has to be cleaned before it is full. The other block of a cluster may already load the next one.
   uint64_t landed[Shape::kSlots];
   uint64_t drawn_ready[kItems];  // in the second block of a cluster: the number that the first has drawn for both

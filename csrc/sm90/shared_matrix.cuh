@@ -31,6 +31,18 @@ struct Tile {
   }
 };
 
+// The same of bytes, one chunk: rows of kCols bytes, with the swizzle of as many.
+template <int kRows, int kCols>
+struct ByteTile {
+  static constexpr int kBytes = kRows * kCols;
+  static_assert(kCols == 32 || kCols == 64 || kCols == 128, "there are swizzles of 32, 64 and 128 bytes");
+
+  // Of bytes 16 chunk16 to 16 chunk16 + 15 of a row.
+  __device__ __forceinline__ static uint32_t offset_bytes(int row, int chunk16) {
+    return row * kCols + (chunk16 ^ row / (kRowBytes / kCols) % (kCols / 16)) * 16;
+  }
+};
+
 // Makes rows of a tile that has landed zeros, unless keep(row): what lies there belongs to others, and 0 x NaN is NaN.
 // A warp does it, and then says that the tile is full.
 template <class Tile, class Keep>

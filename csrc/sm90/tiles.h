@@ -18,14 +18,14 @@ enum Reads : unsigned {
   kNothing = 0,
   kVisibility = 1,    // who sees whom, where that is more than a formula, and sinks: 4 % at d 128
   kScoreTensors = 2,  // a bias or a mask, from device memory
-  kStagedBias = 4,    // a bias that TMA copies to shared memory
+  kStagedScores = 4,  // a bias or a mask that TMA copies to shared memory
   kDropout = 8,       // the seeds of dropout, which there always is; with kScoreTensors there may be
 };
 template <unsigned kReads>
 struct TileReads {
   static constexpr bool kAnyVisibility = kReads & kVisibility;
   static constexpr bool kReadsScores = kReads & kScoreTensors;
-  static constexpr bool kStagesBias = kReads & kStagedBias;
+  static constexpr bool kStagesScores = kReads & kStagedScores;
   static constexpr bool kDrops = kReads & kDropout;
   static constexpr bool kMayDrop = kDrops || kReadsScores;
   static constexpr bool kCaps = !kDrops;  // in a backward: the derivatives of a soft cap are kept
@@ -50,8 +50,8 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
-  static constexpr bool kStagesBias = TileReads<kReads>::kStagesBias;
-  static_assert(!kStagesBias || kCluster == 1, "the blocks of a cluster do not load biases for each other");
+  static constexpr bool kStagesScores = TileReads<kReads>::kStagesScores;
+  static_assert(!kStagesScores || kCluster == 1, "the blocks of a cluster do not load biases and masks for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
@@ -69,9 +69,9 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kQueryBytes = 2 * kQ * kWideHeadDim;
   static constexpr int kSlotBytes = 2 * kK * (kWideHeadDim > kWideValueDim ? kWideHeadDim : kWideValueDim);
   static constexpr int kOutputBytes = 2 * kQ * kWideValueDim;
-  static constexpr int kBiasBytes = kStagesBias ? 2 * kQ * ((kK + 63) / 64 * 64) : 0;
+  static constexpr int kStagedBytes = kStagesScores ? 2 * kQ * ((kK + 63) / 64 * 64) : 0;
   static constexpr int kBarrierBytes = 1024;
-  static constexpr int kBytesBeforeOutput = kQueryBytes + kSlots * kSlotBytes + kBiasBytes + kBarrierBytes;
+  static constexpr int kBytesBeforeOutput = kQueryBytes + kSlots * kSlotBytes + kStagedBytes + kBarrierBytes;
   // Outputs leave by TMA, through a place of their own, where there is room for it.
   static constexpr bool kStoreByTma = kBytesBeforeOutput + kOutputBytes <= kSharedMemoryLimit;
   static constexpr int kSharedBytes = kBytesBeforeOutput + (kStoreByTma ? kOutputBytes : 0);
@@ -80,8 +80,8 @@ struct ForwardTile : TileReads<kReads> {
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters, int kCluster = 1>
 using DroppingTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, kCluster, kDropout>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
-using BiasedTile =
-    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedBias>;
+using StagingTile =
+    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedScores>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using ReadingTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kScoreTensors>;
@@ -98,7 +98,7 @@ struct ForwardTiles {
   using GeneralDense = Dense;
   using General = Dense;
   using Dropping = DroppingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
-  using Biased = BiasedTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using Staging = StagingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
 };
 
@@ -111,7 +111,7 @@ struct ForwardTiles<64, 64> {
   using GeneralDense = Long;                               // 337 (2x128: 329)
   using General = Short;                                   // causal: 308 (3x96: 313), documents of 1024: 243 (212)
   using Dropping = DroppingTile<64, 64, 2, 128, 6, true>;  // 314 (3x96: 302)
-  using Biased = BiasedTile<64, 64, 2, 128, 6, true>;
+  using Staging = StagingTile<64, 64, 2, 128, 6, true>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
@@ -123,7 +123,7 @@ struct ForwardTiles<96, 96> {
   using GeneralDense = Short;                                 // 433 (cluster 437)
   using General = Short;                                      // causal: 377 (376)
   using Dropping = DroppingTile<96, 96, 2, 128, 4, true, 2>;  // causal: 341 (without cluster 327)
-  using Biased = BiasedTile<96, 96, 2, 128, 4, true>;
+  using Staging = StagingTile<96, 96, 2, 128, 4, false>;      // with queries in registers it spills
   using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
 };
 template <>
@@ -135,7 +135,7 @@ struct ForwardTiles<128, 128> {
   using GeneralDense = Dense;                                   // 508 (without cluster 497)
   using General = Short;                                        // causal: 446 (with cluster 432)
   using Dropping = DroppingTile<128, 128, 2, 128, 4, true, 2>;  // 439 (without cluster 433)
-  using Biased = BiasedTile<128, 128, 2, 128, 4, false>;
+  using Staging = StagingTile<128, 128, 2, 128, 4, false>;
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
 };
 template <>
@@ -147,7 +147,7 @@ struct ForwardTiles<192, 128> {
   using GeneralDense = Dense;
   using General = Dense;
   using Dropping = DroppingTile<192, 128, 2, 128, 3, false>;
-  using Biased = BiasedTile<192, 128, 2, 64, 6, false>;
+  using Staging = StagingTile<192, 128, 2, 64, 6, false>;
   using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
 };
 template <>
@@ -159,7 +159,7 @@ struct ForwardTiles<192, 192> {
   using GeneralDense = Dense;                                // 578 (2x64: 542)
   using General = Dense;                                     // causal: 503 (2x64: 491)
   using Dropping = DroppingTile<192, 192, 2, 96, 3, false>;  // 487 (2x64: 469)
-  using Biased = BiasedTile<192, 192, 2, 64, 5, false>;
+  using Staging = StagingTile<192, 192, 2, 64, 5, false>;
   using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
@@ -171,22 +171,28 @@ struct ForwardTiles<256, 256> {
   using GeneralDense = Short;                                 // 593 (with cluster 596)
   using General = Short;                                      // causal: 523 (with cluster 506)
   using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;   // causal: 470 (with cluster 446)
-  using Biased = BiasedTile<256, 256, 2, 32, 6, false>;
+  using Staging = StagingTile<256, 256, 2, 32, 6, false>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
 // Scores of the first four are plain. Of the others they are general: worked out; worked out, and some dropped; with a
-// bias that comes by TMA; or with what the threads that use it read from memory, where some may be dropped too.
-enum class ForwardKind { kDense, kShortDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kBiased, kReading };
+// bias or a mask that comes by TMA; or with what the threads that use it read from memory, where some may be dropped
+// too.
+enum class ForwardKind { kDense, kShortDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kStaging, kReading };
 
-// Whether scores are read from memory other than by TMA: a mask, or a bias without a row of its own for each query, or
-// of another type than the operands, or with rows that do not begin at multiples of 16 bytes.
-inline bool reads_without_tma(const Problem& p) {
-  const ScoreTensor& bias = p.scores.bias;
-  if (p.scores.mask.data != nullptr) return true;
-  if (bias.data == nullptr) return false;
-  return bias.type != p.type || bias.q_len == 1 || bias.k_len == 1 || bias.k_len % 8 != 0 ||
-         reinterpret_cast<uintptr_t>(bias.data) % 16 != 0;
+// What TMA brings of it, in tiles: a mask, or a bias of the operands' type, but not both; with a row of its own for
+// each query, and rows that begin at multiples of 16 bytes.
+enum class StagedScores { kNothing, kBias, kMask };
+inline StagedScores staged_scores(const Problem& p) {
+  const ScoreTensor &bias = p.scores.bias, &mask = p.scores.mask;
+  const auto fits = [](const ScoreTensor& tensor, int keys_of_16_bytes) {
+    return tensor.q_len > 1 && tensor.k_len > 0 && tensor.k_len % keys_of_16_bytes == 0 &&
+           reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+  };
+  if (bias.data != nullptr && mask.data != nullptr) return StagedScores::kNothing;
+  if (bias.data != nullptr && bias.type == p.type && fits(bias, 8)) return StagedScores::kBias;
+  if (mask.data != nullptr && fits(mask, 16)) return StagedScores::kMask;
+  return StagedScores::kNothing;
 }
 
 // All query tiles see all keys.
@@ -200,10 +206,12 @@ inline bool is_dense(const Problem& p) {
 inline bool reads_visibility(const Problem& p) { return !is_formula(p.visibility) || p.scores.sinks.data != nullptr; }
 
 inline ForwardKind general_kind(const Problem& p) {
-  const bool drops = p.scores.dropout.seeds != nullptr, biased = p.scores.bias.data != nullptr;
-  // Beside a bias that comes by TMA, dropout leaves too few registers.
-  if (reads_without_tma(p) || (drops && biased)) return ForwardKind::kReading;
-  if (biased) return ForwardKind::kBiased;
+  const bool drops = p.scores.dropout.seeds != nullptr;
+  if (reads_scores(p.scores)) {
+    // Beside a bias that comes by TMA, dropout leaves too few registers.
+    const bool stages = staged_scores(p) != StagedScores::kNothing && !drops;
+    return stages ? ForwardKind::kStaging : ForwardKind::kReading;
+  }
   if (drops) return ForwardKind::kDropping;
   return is_dense(p) && !reads_visibility(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
 }
@@ -235,8 +243,9 @@ inline WorkOrder forward_order(const Problem& p, int q_tile) {
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
     // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
     order.drawn = p.shape.k_len <= 4096 || q_tile % 128 != 0;
-    // All batch entries may share what is largest, a bias of [1, heads, q_len, k_len].
-    order.batch_fastest = p.scores.bias.data != nullptr && p.scores.bias.batch == 1;
+    // All batch entries may share what is largest, a bias or a mask of [1, heads, q_len, k_len].
+    const ScoreTensor& largest = p.scores.bias.data != nullptr ? p.scores.bias : p.scores.mask;
+    order.batch_fastest = largest.data != nullptr && largest.batch == 1 && largest.heads > 1;
     return order;
   }
   // 32 MB of the 50 MB of L2 are left for keys and values: all heads at once cost 3 to 10 % at d 128 and 256. Fewer

@@ -51,6 +51,17 @@ inline float shuffle_xor(float value, int lane_mask, Site site = {}) { return sh
 inline uint32_t shuffle_xor(uint32_t value, int lane_mask, Site site = {}) {
   return shuffle_xor_any(value, lane_mask, site);
 }
+inline uint32_t shuffle_from(uint32_t value, int source, Site site = {}) {
+  struct Operand {
+    uint32_t value;
+    int source;
+    uint32_t received;
+  } mine = {value, source, 0};
+  emulator::machine().collective(mine, {"shuffle_from", site}, [](Operand* const(&lanes)[kWarpThreads]) {
+    for (Operand* lane : lanes) lane->received = lanes[lane->source % kWarpThreads]->value;
+  });
+  return mine.received;
+}
 inline uint32_t broadcast(uint32_t value, Site site = {}) {
   emulator::machine().collective(value, {"broadcast", site}, [](uint32_t* const(&lanes)[kWarpThreads]) {
     for (uint32_t* lane : lanes) *lane = *lanes[0];

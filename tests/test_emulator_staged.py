@@ -1,0 +1,109 @@
+"""A bias or a mask that TMA brings to the Hopper forward, on the emulator."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from cases import CASES, Case
+from emulator.emulator import why_unavailable
+from test_emulator import DTYPES, check
+from test_emulator_hopper import DIMS
+
+pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("scores", ["bias", "mask"])
+def test_forward_of_scores_that_tma_copies(dims, scores):
+    """More items than places for them, tiles that end before the tensor, rows that see little."""
+    options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    case = Case(f"{scores}-by-tma", 290, 272, batch=1, heads=3, kv_heads=1, bias_dtype=None,
+                options=options, **{scores: (1, 3, 290, 272)})  # fmt: skip
+    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
+    check(case, "float16", family="sm90", gradients=False, multiprocessors=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Case):
+    """A mask that is all true or all false for some warps, and NaN in keys that it hides."""
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        mask = arrays["mask"]
+        mask[:, :, :64, :128] = True
+        mask[:, :, 8:16, :128:7] = False  # only one of the two rows that a thread has
+        mask[:, :, 16:32, :128] = False
+        mask[:, :, 32:48] = False  # sees nothing
+        mask[:, :, 64:80] = True
+        mask[:, :, :, 130:135] = False
+        arrays["key"][:, 130:135] = np.nan
+        return arrays
+
+
+BLOCKS = Blocks("mask-blocks", 150, 272, heads=4, kv_heads=2, mask=(2, 1, 150, 272))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_of_whole_tiles_of_a_mask(dtype):
+    actual = check(BLOCKS, dtype, family="sm90", gradients=False, multiprocessors=2)
+    assert np.isneginf(actual["lse"][:, :, 32:48]).all()
+    assert not actual["out"][:, 32:48].any()
+
+
+def test_dropout_beside_a_mask_that_tma_could_copy():
+    case = CASES["mask-aligned-2x2x150x272"]
+    case = dataclasses.replace(case, options={"dropout_rate": 0.3})
+    check(case, "bfloat16", family="sm90", gradients=False)
+
+
+# File, what to replace in it, by what, and the case that must notice.
+STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
+BIASED = "bias-aligned-1x2x150x264"
+MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
+MUTANTS = {
+    "bias-overwritten": (
+        STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", BIASED),
+    "bias-not-awaited": (
+        STAGED, "mbarrier_wait(place.full, place.round % 2);", "", BIASED),
+    "bias-given-back-while-it-is-read": (
+        STAGED, "settle_loads(loaded);", "", BIASED),
+    "bias-of-the-first-entry": (
+        STAGED, "tensor.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
+    "item-not-kept-for-the-bias": (
+        STAGED, "arrive_for_lane(shared_address(&smem.q_free));  // the item has been read", "",
+        "bias-aligned-lengths"),
+    "mask-overwritten": (
+        STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", MASKED),
+    "mask-not-awaited": (
+        STAGED, "mbarrier_wait(place.full, place.round % 2);", "", MASKED),
+    "mask-given-back-while-it-is-read": (
+        STAGED, "settle_loads(loaded);", "", MASKED),
+    "mask-in-one-place": (
+        STAGED, "place * (Staged::kBytes / kStagedPlaces)", "0", MASKED),
+    "mask-swizzle": (
+        MATRIX, "(chunk16 ^ row / (kRowBytes / kCols) % (kCols / 16))", "chunk16", MASKED),
+    "mask-swizzle-of-64": (
+        MATRIX, "chunk16 ^ row / (kRowBytes / kCols)", "chunk16 ^ row", MASKED_WIDE),
+    "mask-of-the-first-head": (
+        STAGED, "tensor.heads > 1 ? item.head : 0", "0", MASKED),
+    "mask-of-the-first-rows": (
+        STAGED, "item.first_row + w * kWarpgroupRows", "item.first_row", MASKED),
+    "mask-of-half-the-rows-is-all": (
+        STAGED, "(visible_[0] & visible_[1]) != 0x01", "visible_[0] != 0x01", BLOCKS.name),
+    "mask-of-this-lane": (
+        STAGED, "shuffle_from(visible_[r], source)", "visible_[r]", MASKED),
+    "mask-of-the-other-half": (
+        STAGED, "low >> shift & 0xffff", "low & 0xffff", MASKED),
+    "mask-forgotten": (
+        "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_caught(mutant):
+    file, old, new, name = MUTANTS[mutant]
+    case = BLOCKS if name == BLOCKS.name else CASES[name]
+    for seed in range(3):
+        with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
+            check(case, "bfloat16", seed=seed, edits=((file, old, new),), family="sm90",
+                  gradients=False, multiprocessors=1)  # fmt: skip
