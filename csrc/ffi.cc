@@ -176,10 +176,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, run_backward,
 nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
 
 nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int kv_heads, int head_dim, int value_dim,
-              bool bf16, bool mask, bool device_scale, const nb::tuple& bias, bool has_lengths, bool soft_cap,
-              int num_sink_tokens, bool alibi_slopes, bool sinks, bool dropout_seeds, bool query_segment_ids,
-              bool spans, bool cu_seqlens_q, int window_left, int window_right, bool bias_gradient, bool deterministic,
-              const std::string& family, int compute_capability, int64_t shared_memory_bytes) {
+              bool bf16, const nb::tuple& mask, bool device_scale, const nb::tuple& bias, bool has_lengths,
+              bool soft_cap, int num_sink_tokens, bool alibi_slopes, bool sinks, bool dropout_seeds,
+              bool query_segment_ids, bool spans, bool cu_seqlens_q, int window_left, int window_right,
+              bool bias_gradient, bool deterministic, const std::string& family, int compute_capability,
+              int64_t shared_memory_bytes) {
   Problem p;
   p.shape = {batch, q_len, k_len, heads, kv_heads, head_dim, value_dim};
   p.type = bf16 ? ElementType::kBfloat16 : ElementType::kHalf;
@@ -189,7 +190,12 @@ nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int 
   alignas(16) float present = 0.0f;
   const int length = 0;
   const uint32_t seed = 0;
-  if (mask) p.scores.mask.data = &present;
+  if (nb::len(mask) != 0) {
+    p.scores.mask.data = &present;
+    p.scores.mask.type = ElementType::kBool;
+    p.scores.mask.q_len = nb::cast<int>(mask[0]);
+    p.scores.mask.k_len = nb::cast<int>(mask[1]);
+  }
   if (device_scale) p.scores.device_scale = &present;
   if (nb::len(bias) != 0) {
     p.scores.bias.data = &present;

@@ -130,7 +130,7 @@ def plan(
             head_dim=head_dim,
             value_dim=value_dim,
             bf16=str(query.dtype) == "bfloat16",
-            mask=operands.mask is not None,
+            mask=() if operands.mask is None else operands.mask.shape[2:],
             device_scale=operands.scale is not None,
             bias=() if bias is None else (bias.dtype == query.dtype, *bias.shape[2:]),
             has_lengths=operands[6:8] != (None, None),

@@ -255,6 +255,23 @@ def test_explain_tells_of_the_kernels():
 
 
 @needs_kernels
+def test_explain_tells_what_tma_brings():
+    shapes = {"query": (1, 40, 2, 64), "key": (1, 48, 2, 64), "value": (1, 48, 2, 64)}
+    mask, bias = jnp.ones((40, 48), bool), jnp.zeros((40, 48), "bfloat16")
+
+    def schedule(**scores):
+        return jax_flashattn.explain(**arrays(**shapes), **scores, platform="cuda").schedule
+
+    assert "mask by TMA" in schedule(mask=mask)
+    assert "bias by TMA" in schedule(bias=bias)
+    dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    read = ({"mask": mask[:1]}, {"mask": mask, "bias": bias}, {"bias": bias.astype("float32")})
+    for scores in (*read, {"mask": mask} | dropout):
+        assert "read by each thread" in schedule(**scores)
+    assert "by each thread" not in schedule()
+
+
+@needs_kernels
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("general", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize(
