@@ -175,6 +175,15 @@ inline void add_tiles(const Adder& adder) {
     c.mask = {1, 1, 1, 301};
     causal(c);
   });
+  add("tile_bias_by_tma", {1, 270, 304, 2, 1, d, d}, [&](Case& c) {
+    c.bias = {1, 2, 270, 304};
+    c.bias_type = c.type;
+    causal(c);
+  });
+  add("tile_mask_by_tma", {2, 270, 304, 2, 1, d, d}, [&](Case& c) {
+    c.mask = {2, 1, 270, 304};
+    c.window.window_left = 200, c.window.window_right = 20;
+  });
   // The last tile of values is cleaned behind what the rows see.
   const auto narrow = [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; };
   add("tile_window", {1, 270, 401, 2, 2, d, d}, narrow);
