@@ -205,7 +205,8 @@ __device__ __forceinline__ void compute_backward_bias(const BackwardBiasArgument
       NoSlopes none;
       rule.template apply<true>(s, Position<>(row, key), Sequence(a.p, steps.b), true, none);
     } else {
-      rule.apply_staged(s, Position<>(row, key), Sequence(a.p, steps.b), whole, KeptBias<Shape>{a, smem});
+      const KeptBias<Shape> kept{a, smem};
+      rule.apply_staged(s, Position<>(row, key), Sequence(a.p, steps.b), whole, kept);
     }
     if (whole) {
       probabilities_of_rows<false>(s, factor, lse);

@@ -127,7 +127,9 @@ struct KeptBias {
   }
 
   // As ScoreRule wants it.
-  __device__ __forceinline__ static constexpr bool present() { return true; }
+  __device__ __forceinline__ static constexpr bool adds() { return true; }
+  __device__ __forceinline__ static constexpr bool hides() { return false; }
+  __device__ __forceinline__ static void hide(Fragment<2, kCols>&) {}
   __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
     if constexpr (Shape::kElementBytes == 4) {
 #pragma unroll
