@@ -211,7 +211,8 @@ MUTANTS = {
     "probabilities-beside-a-bias-not-dropped": (
         "sm90/forward.cuh", "bits.drop(s, at);", ";", "dropout-window-cap", "sm90"),
     "transposed-hidden": (
-        SCORES, "if (!hides) return;", "return;", "alibi-causal-bottom-right", "sm90"),
+        SCORES, "if (hides) hide_transposed(s, at, sequence);", ";",
+        "alibi-causal-bottom-right", "sm90"),
     "hidden-in-dq": (
         SCORES, "if (hides) hide_rows(s, at, sequence);", ";",
         "alibi-causal-bottom-right", "sm90-deterministic"),

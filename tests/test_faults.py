@@ -151,7 +151,7 @@ def test_loading_twice_registers_twice():
 def test_plans_that_are_refused(change, reason, backward):
     call = dict(
         backward=backward, batch=1, q_len=8, k_len=8, heads=2, kv_heads=1, head_dim=64,
-        value_dim=64, bf16=True, mask=False, device_scale=False, bias=(),
+        value_dim=64, bf16=True, mask=(), device_scale=False, bias=(),
         has_lengths=False, window_left=2**31 - 1,
         window_right=0, bias_gradient=False, deterministic=False, family="auto", soft_cap=False,
         num_sink_tokens=0, **dict.fromkeys(_ffi.PRESENCE, False),
