@@ -179,7 +179,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   using Rule = ScoreRule<kGeneral>;
   using Layout = QueryGradientLayout<Shape>;
   // With registers to spare, P and dS are one block of instructions, and the address of dQ is kept from tile to tile
-  // (d 128: 1 and 2 %, d 96: 7 % together).
+  // (d 128: 1 and 2 %, d 96: 6 to 7 % together).
   constexpr bool kRoomy = Shape::kWarpgroups == 2 && !kGeneral && !Shape::kMayDrop;
   constexpr int kQueryPlace = QueryTile::kBytes / 16, kScorePlace = ScoreTile::kBytes / 16;  // in a descriptor's units
   const int warpgroup = warp_index() / 4 - 1;
@@ -266,9 +266,10 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       };
       if constexpr (kRoomy) {
         exponents_of_columns(s, factor, statistics);  // before masks: scale may be 0, and 0 x -inf is NaN
-        if (hides)
+        if (hides) {
           with_rule(
               [&](const auto& rule, const auto& at, const auto& sequence) { rule.hide_transposed(s, at, sequence); });
+        }
         wgmma_wait<0>();
         dp.settle_all();
         if (hides) {
