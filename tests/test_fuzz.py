@@ -43,7 +43,9 @@ def test_gpu(request):
         command = [sys.executable, fuzz.__file__, "--way", "gpu", "--threads", str(threads),
                    "--each", str(GPU_CALLS_EACH)]  # fmt: skip
         command += ["--family", request.config.getoption("--cuda-family")]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONFAULTHANDLER": "1",
+        }  # fmt: skip
         return subprocess.run(
             [*command, "--seed", str(first), "--count", str(each)],
             capture_output=True, text=True, env=environment,
