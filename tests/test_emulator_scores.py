@@ -167,8 +167,7 @@ MUTANTS = {
     "cap-after-the-bias": (
         SCORES, "if (!has_terms(scores) && (capped", "if ((capped", "cap-bias-mask", "sm80"),
     "cap-without-scale": (
-        SCORES, "scale * reciprocal_approximate(scores.soft_cap)",
-        "reciprocal_approximate(scores.soft_cap)", "cap", "sm80"),
+        SCORES, "inward = scale * per_cap", "inward = per_cap", "cap", "sm80"),
     "kept-sm80": (
         "sm80/forward.cuh", "kGeneral ? p.scores.dropout.kept : 1.0f", "1.0f", "dropout", "sm80"),
     "kept-sm90": (
@@ -209,18 +208,19 @@ MUTANTS = {
         "sm90/forward.cuh", "if constexpr (Shape::kDrops) drop_packed(p, kept);", ";",
         "dropout", "sm90"),
     "probabilities-beside-a-bias-not-dropped": (
-        "sm90/forward.cuh", "bits.drop(s, at);", ";", "dropout-window-cap", "sm90"),
+        "sm90/forward.cuh", "DropoutBits(a.p, now.batch, now.head).drop(s, at);", ";",
+        "dropout-window-cap", "sm90"),
     "transposed-hidden": (
         SCORES, "if (hides) hide_transposed(s, at, sequence);", ";",
         "alibi-causal-bottom-right", "sm90"),
     "hidden-in-dq": (
-        SCORES, "if (hides) hide_rows(s, at, sequence);", ";",
+        SCORES, "if (hides) hide_rows(s, at, sequence, rows);", ";",
         "alibi-causal-bottom-right", "sm90-deterministic"),
     "transposed-nothing-hidden": (
         SCORES, "return (kGeneral && kReads) || !is_whole(all, begin, end);", "return false;",
         "alibi-causal-bottom-right", "sm90"),
     "bits-of-another-head": (
-        DROPOUT, "p.shape.heads + h) * 2", "p.shape.heads) * 2", "dropout", "sm80"),
+        DROPOUT, "p.shape.heads + h);", "p.shape.heads);", "dropout", "sm80"),
     "a-round-less": (DROPOUT, "round < 7", "round < 6", "dropout", "sm80"),
     "tiles-that-begin-anywhere-sm80": (
         SEQUENCE, "return 32;", "return 1;", "dropout-window-cap", "sm80"),
@@ -230,10 +230,17 @@ MUTANTS = {
         SEQUENCE, "(table_rows().token(i) + 2) : offset", "(table_rows().token(i) + 2) : 0",
         "alibi-causal-bottom-right", "sm80"),
     "alibi-of-one-side": (
-        SCORES, "fabsf(kTransposed ? first - offset : first + offset)",
-        "(kTransposed ? first - offset : first + offset)", "alibi", "sm80"),
+        SCORES, "fabsf(first + Position<>::col_offset(c))", "(first + Position<>::col_offset(c))",
+        "alibi", "sm80"),
     "alibi-transposed": (
-        SCORES, "kTransposed ? first - offset", "kTransposed ? first + offset", "alibi", "sm90"),
+        SCORES, "first - Position<>::col_offset(c)", "first + Position<>::col_offset(c)",
+        "alibi", "sm90"),
+    "alibi-without-offset-kept": (
+        SEQUENCE, "return {keys(i), offset, kSeesAll};", "return {keys(i), 0, kSeesAll};",
+        "alibi-causal-bottom-right", "sm90"),
+    "rows-kept-of-another": (
+        "sm90/forward.cuh", "sight_of_row(at.row(1))", "sight_of_row(at.row(0))",
+        "alibi-causal-bottom-right", "sm90"),
     "alibi-of-another-entry": (
         SCORES, "slopes.data + b * slopes.batch_stride", "slopes.data",
         "alibi-causal-bottom-right", "sm80"),
@@ -242,6 +249,8 @@ MUTANTS = {
         "sinks-of-rows-without-keys", "sm80"),
     "sink-without-rescale": (
         SOFTMAX, "0.0f : of_keys * rec", "0.0f : rec", "sinks-of-rows-without-keys", "sm90"),
+    "sink-of-another-entry": (
+        SOFTMAX, "sinks.data + b * sinks.batch_stride", "sinks.data", "sinks-lengths", "sm90"),
     "sink-of-another-head": (SOFTMAX, "batch_stride + h)", "batch_stride)", "sinks", "sm80"),
     "sink-of-padding": (
         "sm90/forward_store.cuh", "i < item.q_len ? lse[r] : minus_infinity()", "lse[r]",

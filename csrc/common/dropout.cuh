@@ -26,14 +26,19 @@ __device__ __forceinline__ int first_of_block(const Scores& scores, int x) {
 // The random bits of one batch entry and head. All lanes take part in making them.
 class DropoutBits {
  public:
-  __device__ __forceinline__ DropoutBits(const Problem& p, int b, int h) {
-    const uint32_t* seeds = p.scores.dropout.seeds + (int64_t(b) * p.shape.heads + h) * 2;
-    key_ = broadcast(load_global(seeds));
-    tweak_ = broadcast(load_global(seeds + 1));
+  __device__ __forceinline__ DropoutBits(const Problem& p, int b, int h) : DropoutBits(p, seeds_of(p, b, h)) {}
+  __device__ __forceinline__ DropoutBits(const Problem& p, uint2 seeds) {
+    key_ = broadcast(seeds.x);
+    tweak_ = broadcast(seeds.y);
     const uint32_t whole = p.scores.dropout.steps >> 8;
     fraction_ = p.scores.dropout.steps << 24;
     below_half_ = whole < 128 ? ~0u : 0u;
     term_ = ((whole < 128 ? 128 : 256) - whole) * kOneInEachByte;
+  }
+
+  // For those who would not wait where they ask for them.
+  __device__ __forceinline__ static uint2 seeds_of(const Problem& p, int b, int h) {
+    return load_global(reinterpret_cast<const uint2*>(p.scores.dropout.seeds) + int64_t(b) * p.shape.heads + h);
   }
 
   // Dropped probabilities become 0.

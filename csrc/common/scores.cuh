@@ -43,20 +43,49 @@ struct NoSlopes {
   __device__ __forceinline__ void multiply_into(Fragment<kRows, kCols>&) const {}
 };
 
+// What the rows of a fragment see of the keys: looked up for each tile,
+struct RowsLookedUp {
+  const Sequence& sequence;
+  Position<> at;
+  __device__ __forceinline__ Interval keys(int r) const { return sequence.keys(opaque(at.row(r))); }
+  __device__ __forceinline__ int offset(int r) const { return sequence.offset_of_row(at.row(r)); }
+  __device__ __forceinline__ bool sees_all(int r) const { return sequence.sees_all_keys(at.row(r)); }
+};
+// or kept from tile to tile.
+template <int kRows>
+struct RowsKept {
+  RowSight v[kRows];
+  __device__ __forceinline__ const Interval& keys(int r) const { return v[r].keys; }
+  __device__ __forceinline__ int offset(int r) const { return v[r].offset; }
+  __device__ __forceinline__ bool sees_all(int r) const { return (v[r].flags & kSeesAll) != 0; }
+};
+
 // The scores of one batch entry and head.
 template <bool kGeneral>
 struct ScoreRule {
-  float scale;        // of q.k, natural units
-  float factor_log2;  // from a score as apply() leaves it to log2 units
   const Scores& scores;
+  float factor_log2;     // from a score as apply() leaves it to log2 units
+  float scale;           // of q.k, natural units
+  float slope = 0.0f;    // of ALiBi
+  float per_cap = 0.0f;  // 1 / soft cap
   int b, h;
 
-  __device__ __forceinline__ ScoreRule(const Scores& scores_, int b_, int h_) : scores(scores_), b(b_), h(h_) {
+  __device__ __forceinline__ explicit ScoreRule(const Scores& scores_) : scores(scores_) {
+    factor_log2 = factor_of(scores);
+    if (kGeneral && scores.soft_cap != 0.0f) per_cap = reciprocal_approximate(scores.soft_cap);
+  }
+  __device__ __forceinline__ ScoreRule(const Scores& scores_, int b_, int h_) : ScoreRule(scores_) { begin(b_, h_); }
+
+  // Goes on to another batch entry and head. Nobody waits here for what is loaded.
+  __device__ __forceinline__ void begin(int b_, int h_) {
+    b = b_;
+    h = h_;
     scale = scores.scale;
     if constexpr (kGeneral) {
       if (scores.device_scale != nullptr) scale = load_global(scores.device_scale + b * scores.device_scale_stride);
+      const HeadNumbers& slopes = scores.alibi_slopes;
+      if (slopes.data != nullptr) slope = load_global(slopes.data + b * slopes.batch_stride + h);
     }
-    factor_log2 = factor_of(scores);
   }
   __device__ __forceinline__ static float factor_of(const Scores& scores) {
     if (kGeneral && (has_terms(scores) || (scores.soft_cap == 0.0f && scores.device_scale != nullptr))) return 1.0f;
@@ -95,29 +124,42 @@ struct ScoreRule {
                                         bool hides, Slopes& slopes) const {
     ScoreWords<kCols> words;
     if constexpr (kGeneral && kReads) load_ahead(words, at, sequence, false);
-    compute_scores<false, kReads>(s, at, sequence, false, words, slopes);
-    if (hides) hide_rows(s, at, sequence);
+    const RowsLookedUp rows{sequence, at};
+    compute_scores<false, kReads>(s, at, sequence, rows, false, words, slopes);
+    if (hides) hide_rows(s, at, sequence, rows);
   }
   // The same with what load_ahead() has loaded.
   template <int kRows, int kCols, class Slopes>
   __device__ __forceinline__ void apply(Fragment<kRows, kCols>& s, const Position<>& at, const Sequence& sequence,
                                         bool whole, ScoreWords<kCols>& words, Slopes& slopes) const {
-    compute_scores<false, true>(s, at, sequence, whole, words, slopes);
-    if (!whole) hide_rows(s, at, sequence);
+    const RowsLookedUp rows{sequence, at};
+    compute_scores<false, true>(s, at, sequence, rows, whole, words, slopes);
+    if (!whole) hide_rows(s, at, sequence, rows);
   }
   // The same where nothing is read from memory, but from tiles in shared memory: staged.add(), where staged.adds(),
-  // adds a bias to scores in log2 units; staged.hide(), where staged.hides(), applies a mask.
-  template <int kRows, int kCols, class Staged>
-  __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at,
-                                               const Sequence& sequence, bool whole, Staged& staged) const {
+  // adds a bias to scores in log2 units; staged.hide(), where staged.hides(), applies a mask. Rows are RowsLookedUp or
+  // RowsKept. What the rows do not see is left to hide_rows().
+  template <int kRows, int kCols, class Rows, class Staged>
+  __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at, const Rows& rows,
+                                               Staged& staged) const {
     if constexpr (kGeneral) {
       NoSlopes none;
       scale_and_cap(s, none);
       if (staged.adds()) staged.add(s);
-      if (scores.alibi_slopes.data != nullptr) add_alibi<false>(s, at, sequence);
+      if (scores.alibi_slopes.data != nullptr) add_alibi(s, at, rows);
       if (staged.hides()) staged.hide(s);
     }
-    if (!whole) hide_rows(s, at, sequence);
+  }
+  template <int kRows, int kCols, class Rows>
+  __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                   const Sequence& sequence, const Rows& rows) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      hide_outside(s, r, at, rows.keys(r), sequence.sink_keys());
+      if (kGeneral && !rows.sees_all(r)) {
+        hide_others(s, r, at, load_global(sequence.row_segments() + at.row(r)), sequence.key_segments());
+      }
+    }
   }
   // The same of S^T: rows of the fragment are keys, columns queries. may_hide() then compares intervals of queries.
   template <bool kReads, int kRows, int kCols, class Slopes>
@@ -125,7 +167,7 @@ struct ScoreRule {
                                                    const Sequence& sequence, bool hides, Slopes& slopes) const {
     // In short rounds: nothing is loaded ahead, and the words would need registers beside the products under way.
     ScoreWords<kCols % 8 == 0 ? 8 : 4> words;
-    compute_scores<true, kReads>(s, at, sequence, false, words, slopes);
+    compute_scores<true, kReads>(s, at, sequence, NoRows{}, false, words, slopes);
     if (hides) hide_transposed(s, at, sequence);
   }
   template <int kRows, int kCols>
@@ -142,18 +184,8 @@ struct ScoreRule {
   }
 
  private:
-  template <int kRows, int kCols>
-  __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                   const Sequence& sequence) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int i = opaque(at.row(r));
-      hide_outside(s, r, at, sequence.keys(i), sequence.sink_keys());
-      if (kGeneral && !sequence.sees_all_keys(i)) {
-        hide_others(s, r, at, load_global(sequence.row_segments() + i), sequence.key_segments());
-      }
-    }
-  }
+  struct NoRows {};
+
   // Keeps of one row the columns of an interval, and those below both its end and `sinks`.
   template <int kRows, int kCols>
   __device__ __forceinline__ static void hide_outside(Fragment<kRows, kCols>& s, int r, const Position<>& at,
@@ -188,10 +220,10 @@ struct ScoreRule {
   }
 
   // All but visibility. The first round of `words` has been loaded, except of what is transposed.
-  template <bool kTransposed, bool kReads, int kRows, int kCols, int kWords, class Slopes>
+  template <bool kTransposed, bool kReads, int kRows, int kCols, class Rows, int kWords, class Slopes>
   __device__ __forceinline__ void compute_scores(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                 const Sequence& sequence, bool whole, ScoreWords<kWords>& words,
-                                                 Slopes& slopes) const {
+                                                 const Sequence& sequence, const Rows& rows, bool whole,
+                                                 ScoreWords<kWords>& words, Slopes& slopes) const {
     if constexpr (kGeneral) {
       scale_and_cap(s, slopes);
       const auto combine = [&](const ScoreTensor& tensor, bool loaded, const auto& with) {
@@ -208,7 +240,10 @@ struct ScoreRule {
         }
       };
       combine(scores.bias, !kTransposed, [](float score, float element) { return fmaf(kLog2e, element, score); });
-      if (scores.alibi_slopes.data != nullptr) add_alibi<kTransposed>(s, at, sequence);
+      if (scores.alibi_slopes.data != nullptr) {
+        if constexpr (kTransposed) add_alibi_transposed(s, at, sequence);
+        if constexpr (!kTransposed) add_alibi(s, at, rows);
+      }
       combine(scores.mask, !kTransposed && scores.bias.data == nullptr,
               [](float score, float element) { return element != 0.0f ? score : minus_infinity(); });
     }
@@ -218,7 +253,7 @@ struct ScoreRule {
   __device__ __forceinline__ void scale_and_cap(Fragment<kRows, kCols>& s, Slopes& slopes) const {
     const bool capped = scores.soft_cap != 0.0f;
     if (capped) {
-      const float inward = scale * reciprocal_approximate(scores.soft_cap);
+      const float inward = scale * per_cap;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -239,20 +274,29 @@ struct ScoreRule {
   }
 
   // Distances are whole numbers, and exact below 2^24.
-  template <bool kTransposed, int kRows, int kCols>
-  __device__ __forceinline__ void add_alibi(Fragment<kRows, kCols>& s, const Position<>& at,
-                                            const Sequence& sequence) const {
-    const HeadNumbers& slopes = scores.alibi_slopes;
-    const float slope = -kLog2e * load_global(slopes.data + b * slopes.batch_stride + h);
+  template <int kRows, int kCols, class Rows>
+  __device__ __forceinline__ void add_alibi(Fragment<kRows, kCols>& s, const Position<>& at, const Rows& rows) const {
+    const float per_key = -kLog2e * slope;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int row = at.row(r);
-      const int i = kTransposed ? at.first_col : row, j = kTransposed ? row : at.first_col;
-      const float first = j - i - (kTransposed ? sequence.offset_of_key(j) : sequence.offset_of_row(i));
+      const float first = at.first_col - at.row(r) - rows.offset(r);
 #pragma unroll
       for (int c = 0; c < kCols; ++c) {
-        const float offset = Position<>::col_offset(c);
-        s.v[r][c] = fmaf(slope, fabsf(kTransposed ? first - offset : first + offset), s.v[r][c]);
+        s.v[r][c] = fmaf(per_key, fabsf(first + Position<>::col_offset(c)), s.v[r][c]);
+      }
+    }
+  }
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void add_alibi_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                       const Sequence& sequence) const {
+    const float per_key = -kLog2e * slope;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int j = at.row(r);
+      const float first = j - at.first_col - sequence.offset_of_key(j);
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        s.v[r][c] = fmaf(per_key, fabsf(first - Position<>::col_offset(c)), s.v[r][c]);
       }
     }
   }

@@ -24,6 +24,13 @@ struct Interval {
 //   of kTableTile   begin, end of what contains all that any of them sees; whether a token of the tensor sees nothing
 constexpr int kSeesAll = 1, kBelongs = 2;  // flags: sees all between; is no padding, whether or not it sees anything
 
+// What a row sees of the keys: its record in the table, or the same by the formula.
+struct RowSight {
+  Interval keys;  // but for sinks; may end before it begins
+  int offset;     // the row lies at its own number plus this among the keys
+  int flags;
+};
+
 class TableSide {
  public:
   __device__ __forceinline__ TableSide(const Problem& p, int b, bool of_rows) : table_(p.visibility.table) {
@@ -88,6 +95,14 @@ struct Sequence {
   __device__ __forceinline__ Interval keys(int i) const {
     if (has_table()) return i < q_len ? interval(table_rows().token(i)) : Interval{0, 0};
     return {max(0, i + first_key), i < q_len ? min(k_len, i + past_keys) : 0};
+  }
+
+  // All that is to be known of row i, by one load where a table says it.
+  __device__ __forceinline__ RowSight sight_of_row(int i) const {
+    if (!has_table()) return {keys(i), offset, kSeesAll};
+    if (i >= q_len) return {{0, 0}, offset, kSeesAll};
+    const int4 record = load_global(reinterpret_cast<const int4*>(table_rows().token(i)));
+    return {{record.x, record.y}, record.z, record.w};
   }
 
   // Rows that see key j.
@@ -179,10 +194,11 @@ struct Sequence {
     return found.begin > found.end ? Interval{0, 0} : found;
   }
   __device__ __forceinline__ static Interval common(const TableSide& side, int begin, int end, int length) {
-    Interval found{0, kUnbounded};
-    for (int x = begin; x < end; x += kTableBlock) {
-      const Interval block = x < length ? interval(side.block(x)) : Interval{0, 0};
-      found = {max(found.begin, block.begin), min(found.end, block.end)};
+    const auto block = [&](int x) { return x < length ? interval(side.block(x)) : Interval{0, 0}; };
+    Interval found = block(begin);  // of one block nobody waits for what is loaded
+    for (int x = begin + kTableBlock; x < end; x += kTableBlock) {
+      const Interval next = block(x);
+      found = {max(found.begin, next.begin), min(found.end, next.end)};
     }
     return found;
   }

@@ -30,10 +30,13 @@ __device__ __forceinline__ void shift_large(Fragment<kRows, kCols>& s, const flo
   }
 }
 
-// The sink of a row, in log2 units; -inf, which changes nothing: there is none.
-__device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, const Sequence& sequence, int h, int i) {
-  if (sinks.data == nullptr || !sequence.belongs(i)) return minus_infinity();
-  return load_global(sinks.data + sequence.b * sinks.batch_stride + h) * kLog2e;
+// The sink of a head, in log2 units; -inf, which changes nothing: there is none.
+__device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, int b, int h) {
+  return sinks.data == nullptr ? minus_infinity() : load_global(sinks.data + b * sinks.batch_stride + h) * kLog2e;
+}
+// The same of a row, which sees it unless it belongs to no sequence.
+__device__ __forceinline__ float sink_of_row(float sink, const Sequence& sequence, int i) {
+  return sink == minus_infinity() || sequence.belongs(i) ? sink : minus_infinity();
 }
 
 // A row's output is to be multiplied by the result; also its log-sum-exp in natural units. `part` is this thread's part
@@ -178,21 +181,21 @@ struct LaggingSoftmax {
   template <int kCols>
   __device__ __forceinline__ bool exceeds(const Fragment<kRows, kCols>& s) const {
     bool found = false;
+    if (!as_integers) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) found |= max_of_row(s, r) > m[r] + lag;
+      return found;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float limit = m[r] + lag;
-      if (as_integers) {
-        int largest = max_of_3(bits_of(s.v[r][0]), bits_of(s.v[r][1]), bits_of(s.v[r][2]));
-        int other = bits_of(s.v[r][3]);  // two chains: half the latency
+      int largest = max_of_3(bits_of(s.v[r][0]), bits_of(s.v[r][1]), bits_of(s.v[r][2]));
+      int other = bits_of(s.v[r][3]);  // two chains: half the latency
 #pragma unroll
-        for (int c = 4; c < kCols; c += 4) {
-          largest = max_of_3(largest, bits_of(s.v[r][c]), bits_of(s.v[r][c + 1]));
-          other = max_of_3(other, bits_of(s.v[r][c + 2]), bits_of(s.v[r][c + 3]));
-        }
-        found |= max(largest, other) > bits_of(limit);
-      } else {
-        found |= max_of_row(s, r) > limit;
+      for (int c = 4; c < kCols; c += 4) {
+        largest = max_of_3(largest, bits_of(s.v[r][c]), bits_of(s.v[r][c + 1]));
+        other = max_of_3(other, bits_of(s.v[r][c + 2]), bits_of(s.v[r][c + 3]));
       }
+      found |= max(largest, other) > bits_of(m[r] + lag);
     }
     return found;
   }

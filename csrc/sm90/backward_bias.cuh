@@ -206,7 +206,11 @@ __device__ __forceinline__ void compute_backward_bias(const BackwardBiasArgument
       rule.template apply<true>(s, Position<>(row, key), Sequence(a.p, steps.b), true, none);
     } else {
       const KeptBias<Shape> kept{a, smem};
-      rule.apply_staged(s, Position<>(row, key), Sequence(a.p, steps.b), whole, kept);
+      const Position<> at(row, key);
+      const Sequence sequence(a.p, steps.b);
+      const RowsLookedUp rows{sequence, at};
+      rule.apply_staged(s, at, rows, kept);
+      if (!whole) Rule::hide_rows(s, at, sequence, rows);
     }
     if (whole) {
       probabilities_of_rows<false>(s, factor, lse);

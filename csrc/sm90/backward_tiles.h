@@ -135,7 +135,7 @@ inline WorkOrder backward_order(const Problem& p, int k_tile) {
   const Shape& s = p.shape;
   const int64_t heads = int64_t(s.kv_heads) * s.batch;
   const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (6 * s.head_dim + 2 * s.value_dim);
-  return work_order(heads, (s.k_len + k_tile - 1) / k_tile, bytes > 0 ? kSectionBytes / bytes : heads);
+  return work_order(p, heads, (s.k_len + k_tile - 1) / k_tile, bytes > 0 ? kSectionBytes / bytes : heads);
 }
 
 }  // namespace jfa::sm90

@@ -98,7 +98,7 @@ inline WorkOrder backward_wide_order(const Problem& p, int key_tile) {
   constexpr int64_t kSectionBytes = 32 << 20;  // of queries and output gradients
   const int64_t heads = int64_t(s.kv_heads) * s.batch;
   const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (s.head_dim + s.value_dim) * 2;
-  return work_order(heads, (s.k_len + key_tile - 1) / key_tile, bytes > 0 ? kSectionBytes / bytes : heads);
+  return work_order(p, heads, (s.k_len + key_tile - 1) / key_tile, bytes > 0 ? kSectionBytes / bytes : heads);
 }
 
 }  // namespace jfa::sm90

@@ -84,7 +84,7 @@ __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWid
   BackwardWideItem item{-1, 0, 0, 0, 0, 0, 0, 0};
   if (number >= a.order.items) return item;
   const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
-  const int cluster_key = place.rank * Shape::kClusterKeys;
+  const int cluster_key = place.tile * Shape::kClusterKeys;
   item.first_key = cluster_key + rank * Shape::kKeys;
   item.head = place.head;
   item.batch = place.batch;

@@ -60,7 +60,7 @@ template <class Shape>
 __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a, int number, Interval& rows) {
   const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
   BackwardItem item;
-  item.first_key = place.rank * Shape::kK;
+  item.first_key = place.tile * Shape::kK;
   item.kv_head = place.head;
   item.batch = place.batch;
   const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);

@@ -10,155 +10,12 @@
 #include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
+#include "sm90/forward_load.cuh"
 #include "sm90/forward_products.cuh"
 #include "sm90/forward_staged.cuh"
 #include "sm90/forward_store.cuh"
-#include "sm90/forward_work.cuh"
 
 namespace jfa::sm90 {
-
-// The role of the warp that loads.
-template <class Shape>
-__device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
-  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
-  using KeyTile = Tile<Shape::kK, Shape::kHeadDim>;
-  using ValueTile = Tile<Shape::kK, Shape::kValueDim>;
-  const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
-  const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(smem.landed);
-  const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
-  RingPosition<Shape::kSlots> at(1);
-  uint32_t landed_parities = 0;  // a bit for each place
-
-  const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
-  const int cluster = block_index() / Shape::kCluster;
-  const int clusters = grid_blocks() / Shape::kCluster;
-
-  // A tile of keys or values: in a cluster this block loads its share of the chunks, into both blocks.
-  const auto load_shared = [&](auto type, const TensorMap& map, uint32_t to, uint32_t mbarrier, int row, int head,
-                               int batch) {
-    using Tile = typename decltype(type)::type;
-    constexpr int kShare = Tile::kChunks / Shape::kCluster;
-    if (!elect_one()) return;
-    mbarrier_arrive_expect(mbarrier, Tile::kBytes);
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      const int c = rank * kShare + i;
-      if constexpr (Shape::kCluster > 1) {
-        tma_load_multicast(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch, 0b11);
-      } else {
-        tma_load(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch);
-      }
-    }
-  };
-  const auto load_query = [&](const ForwardItem& item) {
-    if (!elect_one()) return;
-    mbarrier_arrive_expect(q_full, QueryTile::kBytes);
-#pragma unroll
-    for (int c = 0; c < QueryTile::kChunks; ++c) {
-      tma_load(shared_address(smem.q.bytes) + c * QueryTile::kChunkBytes, a.q, q_full, c * kChunkCols, item.first_row,
-               item.head, item.batch);
-    }
-  };
-  const auto load_keys = [&](int j, int head, int batch) {
-    mbarrier_wait(free + 8 * at.slot, at.parity);
-    load_shared(Type<KeyTile>{}, a.k, ring + at.slot * Shape::kSlotBytes, full + 8 * at.slot, j, head, batch);
-    at.advance();
-  };
-  // Rows that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN.
-  const auto load_values = [&](int j, const Interval& keys, int head, const ForwardItem& item) {
-    mbarrier_wait(free + 8 * at.slot, at.parity);
-    const uint32_t to = ring + at.slot * Shape::kSlotBytes;
-    const Sequence sequence = sequence_of<Shape>(a.p, item);
-    const int sinks = sequence.sink_keys();
-    // Past the tensor TMA writes zeros.
-    if (!looks_past<Shape::kK>(keys, sinks, key_alignment(a.p.scores), j, a.p.shape.k_len) &&
-        !sequence.has_unseen_keys(j, j + Shape::kK)) {
-      load_shared(Type<ValueTile>{}, a.v, to, full + 8 * at.slot, j, head, item.batch);
-    } else {
-      load_shared(Type<ValueTile>{}, a.v, to, landed + 8 * at.slot, j, head, item.batch);
-      mbarrier_wait(landed + 8 * at.slot, landed_parities >> at.slot & 1);
-      landed_parities ^= 1u << at.slot;
-      clean_rows<ValueTile>(to, [&](int row) { return looks_at(keys, sinks, j + row) && sequence.is_seen(j + row); });
-      fence_async_shared();
-      arrive_for_warp(full + 8 * at.slot);
-    }
-    at.advance();
-  };
-
-  // The number of the item after this one, the `round`-th. In a cluster the first block draws for both, and sends it
-  // on.
-  const auto draw = [&] {
-    // items - 1 is drawn last, and leaves the counter at 0: each worker draws once for each of its items.
-    return clusters + int(increment_global(a.counter, a.order.items - 1));
-  };
-  const auto send = [&](int drawn, unsigned round) {
-    const int mailbox = round % kItems;
-    store_remote_32(shared_address(&smem.drawn[mailbox]), drawn, shared_address(&smem.drawn_ready[mailbox]), 1);
-  };
-  const auto receive = [&](unsigned round) {
-    const int mailbox = round % kItems;
-    const uint32_t ready = shared_address(&smem.drawn_ready[mailbox]);
-    if (elect_one()) mbarrier_arrive_expect(ready, 4);
-    mbarrier_wait(ready, round / kItems % 2);
-    return int(load_shared_32(shared_address(&smem.drawn[mailbox])));
-  };
-  // Tells the warpgroups of the `round`-th item, whose queries may be loaded now; without one, that there is no more.
-  const auto publish = [&](const ForwardItem& item, unsigned round) {
-    if (lane_index() == 0) {
-      store_item(item_address(smem, round), item);
-      mbarrier_arrive(item_ready);
-    }
-    warp_barrier();
-    if (item.first_row >= 0) load_query(item);
-  };
-
-  int number = cluster;
-  Interval keys{};
-  ForwardItem item{-1, 0, 0, 0, 0, 0, 0, 0};
-  if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
-  publish(item, 0);
-#pragma unroll 1
-  for (unsigned round = 0; item.first_row >= 0; ++round) {
-    const ForwardItem now = item;
-    const int kv_head = now.head / (a.p.shape.heads / a.p.shape.kv_heads);
-    // A long item draws the next one late: one drawn early would wait while other blocks have nothing. A short one
-    // draws at once, or the next queries would be late.
-    const int draw_tile = now.key_tiles > 16 ? now.key_tiles - 8 : 0;
-    const bool draws = a.order.drawn && rank == 0 && lane_index() == 0;
-    int drawn = draws && draw_tile == 0 ? draw() : 0;
-    int j = first_tile(now);
-    load_keys(j, kv_head, now.batch);
-    if (Shape::kCluster > 1 && draws && draw_tile == 0) send(drawn, round);
-
-    const Interval now_keys = keys;
-    const auto find_next = [&] {
-      number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
-      item.first_row = -1;
-      if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
-    };
-    // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
-    const uint32_t q_parity = round % 2;
-    bool published = false;
-#pragma unroll 1
-    for (int t = 1; t < now.key_tiles; ++t) {
-      if (draws && t == draw_tile) drawn = draw();
-      const int last = j;
-      j = next_tile<Shape>(now, j);
-      load_keys(j, kv_head, now.batch);
-      load_values(last, now_keys, kv_head, now);
-      if (Shape::kCluster > 1 && draws && t == draw_tile) send(drawn, round);
-      if (t < draw_tile || published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
-      find_next();
-      publish(item, round + 1);
-      published = true;
-    }
-    if (!published) find_next();
-    load_values(j, now_keys, kv_head, now);
-    if (published) continue;
-    mbarrier_wait(q_free, q_parity);
-    publish(item, round + 1);
-  }
-}
 
 // The role of a warpgroup that computes.
 template <class Element, class Shape, bool kGeneral>
@@ -173,10 +30,17 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   const uint32_t v = descriptor(shared_address(smem.ring), Tile<Shape::kK, Shape::kValueDim>::kChunkBytes);
 
   RingPosition<Shape::kSlots> at(0);
-  unsigned taken = 0;   // items
-  int j = 0, end = 0;   // first key of the current tile, and of the one after the last
-  int sink_end = 0;     // where the tiles of the interval follow those of sinks
-  Interval unmasked{};  // keys that all rows of this warp see
+  unsigned taken = 0;  // items
+  int j = 0, end = 0;  // first key of the current tile, and of the one after the last
+  int sink_end = 0;    // where the tiles of the interval follow those of sinks
+  // Of the item that was taken last, and this warp's rows of it: the first, keys that all see, what each sees, scores.
+  // Plain scores need little of it, and where no registers are left, it is looked up again.
+  constexpr bool kKeepsRows = Shape::kKeepsRows && (kGeneral || Shape::kAnyVisibility);
+  int first_row = 0;
+  Interval unmasked{};
+  RowsKept<2> rows{};
+  ScoreRule<kGeneral> rule(a.p.scores);
+  uint2 seeds{};  // of dropout
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
   uint32_t p[Shape::kK / 16][4];  // probabilities, as operand A
   Fragment<2, Shape::kValueDim / 4> o;
@@ -194,6 +58,16 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     j = broadcast(first_tile(item));
     end = broadcast(end_of_tiles<Shape>(item));
     if (Shape::kAnyVisibility) sink_end = broadcast(item.sink_end);
+    // What memory says of the rows is asked for here, and waited for when there are scores.
+    first_row = item.first_row + (warp_index() - 4) * 16;
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    unmasked = sequence.keys_of_all_rows(first_row, first_row + 16);
+    if constexpr (kKeepsRows) {
+      const Position<> at(first_row, 0);
+      rows = {{sequence.sight_of_row(at.row(0)), sequence.sight_of_row(at.row(1))}};
+      rule.begin(item.batch, item.head);
+    }
+    if constexpr (Shape::kDrops) seeds = DropoutBits::seeds_of(a.p, item.batch, item.head);
     return true;
   };
   const auto next_keys = [&] {
@@ -203,10 +77,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   // What the softmax of the item that was taken last begins with.
   const auto begin_rows = [&] {
-    const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
-    const int row = item.first_row + (warp_index() - 4) * 16;
-    unmasked = sequence_of<Shape>(a.p, item).keys_of_all_rows(row, row + 16);
-    if (Shape::kReadsScores && row + 16 > item.q_len) unmasked = {0, 0};  // bias and mask have no rows there
+    if (Shape::kReadsScores && first_row + 16 > int(load_item<ForwardItem>(item_address(smem, taken - 1)).q_len))
+      unmasked = {0, 0};  // bias and mask have no rows there
     softmax.start_row_sums();
   };
   const auto take_query = [&] {
@@ -263,29 +135,35 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   // be multiplied by `correction`.
   const auto to_probabilities = [&](Fragment<2, kScoreCols>& s, Kept& kept, float (&correction)[2]) {
     s.settle_all();  // or the compiler looks at the scores before their product has been waited for, and serialises it
-    if (ScoreRule<kGeneral>::needs_mask(unmasked, j, j + Shape::kK)) {
-      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
-      const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-      const Sequence sequence = sequence_of<Shape>(a.p, item);
-      const int row = item.first_row + (warp_index() - 4) * 16;
-      const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
+    const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
+    const auto item = [&] { return load_item<ForwardItem>(item_address(smem, taken - 1)); };
+    const Position<> at(first_row, j);
+    if constexpr (kKeepsRows) {
+      rule.apply_staged(s, at, rows, staged);
+      if (!whole) rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows);
+    } else if (rule.needs_mask(unmasked, j, j + Shape::kK)) {
+      const ForwardItem now = item();
+      rule.begin(now.batch, now.head);
+      const Sequence sequence = sequence_of<Shape>(a.p, now);
       if constexpr (Shape::kReadsScores) {
         NoSlopes none;
-        rule.apply(s, Position<>(row, j), sequence, whole, ahead, none);
+        rule.apply(s, at, sequence, whole, ahead, none);
+        if (const int next = next_tile<Shape>(now, j); next < end) {
+          rule.load_ahead(ahead, Position<>(first_row, next), sequence,
+                          rule.is_whole(unmasked, next, next + Shape::kK));
+        }
       } else {
-        rule.apply_staged(s, Position<>(row, j), sequence, whole, staged);
-      }
-      if (const int next = next_tile<Shape>(item, j); Shape::kReadsScores && next < end) {
-        rule.load_ahead(ahead, Position<>(row, next), sequence, rule.is_whole(unmasked, next, next + Shape::kK));
+        const RowsLookedUp looked_up{sequence, at};
+        rule.apply_staged(s, at, looked_up, staged);
+        if (!whole) rule.hide_rows(s, at, sequence, looked_up);
       }
     }
     const bool moved = softmax.update(s, correction);
-    if (drops<Shape>(a.p.scores)) {
-      const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
-      const DropoutBits bits(a.p, item.batch, item.head);
-      const Position<> at(item.first_row + (warp_index() - 4) * 16, j);
-      if constexpr (Shape::kDrops) bits.choose<kScoreCols>(kept, at);
-      if constexpr (!Shape::kDrops) bits.drop(s, at);
+    if constexpr (Shape::kDrops) {
+      DropoutBits(a.p, seeds).choose<kScoreCols>(kept, at);
+    } else if (drops<Shape>(a.p.scores)) {
+      const ForwardItem now = item();
+      DropoutBits(a.p, now.batch, now.head).drop(s, at);
     }
     return moved;
   };
@@ -295,7 +173,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   };
   const auto store = [&](uint32_t item) {
     const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
-    store_output<Element, Shape>(a, smem, load_item<ForwardItem>(item), softmax, o, kept);
+    store_output<Element, Shape>(a, smem, item, softmax, o, kept);
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();

@@ -7,13 +7,14 @@
 
 namespace jfa::sm90 {
 
-// Writes one warp's 16 finished rows, times `factor`. lse is written for rows inside the tensor, with -inf for those
-// past q_len.
+// Writes one warp's 16 finished rows, of the item published at that address, times `factor`. lse is written for rows
+// inside the tensor, with -inf for those past q_len.
 template <class Element, class Shape>
-__device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem,
-                                             const ForwardItem& item, const LaggingSoftmax<2>& softmax,
-                                             Fragment<2, Shape::kValueDim / 4>& o, float factor) {
+__device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem, uint32_t published,
+                                             const LaggingSoftmax<2>& softmax, Fragment<2, Shape::kValueDim / 4>& o,
+                                             float factor) {
   const Problem& p = a.p;
+  const ForwardItem item = load_item<ForwardItem>(published);
   const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
   const int warp_row = item.first_row + warp * kOutputRows;
   const Position<> at(warp_row, 0);
@@ -21,7 +22,8 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sink = minus_infinity();
-    if (Shape::kAnyVisibility) sink = sink_log2(p.scores.sinks, sequence_of<Shape>(p, item), item.head, at.row(r));
+    if (Shape::kAnyVisibility && p.scores.sinks.data != nullptr && sequence_of<Shape>(p, item).belongs(at.row(r)))
+      sink = load_shared_f32(published + kItemSink);
     inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
   }
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them

@@ -35,7 +35,8 @@ struct ForwardItem {
 };
 // Published items stay readable while the next two are: the epilogue of one runs when its successor has been taken.
 constexpr int kItems = 4;
-constexpr int kItemBytes = 32;
+constexpr int kItemBytes = 64;
+constexpr int kItemSink = 32;  // of its head, in log2 units, -inf for none: where kAnyVisibility
 
 template <class Shape>
 struct ForwardSmem {
@@ -88,7 +89,7 @@ __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned coun
 template <class Shape, class Arguments>
 __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
   const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
-  const int cluster_row = (a.order.tiles - 1 - place.rank) * Shape::kClusterQ;
+  const int cluster_row = (a.order.tiles - 1 - place.tile) * Shape::kClusterQ;
   ForwardItem item;
   item.batch = place.batch;
   item.head = place.head;

@@ -39,8 +39,9 @@ struct TileReads {
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
           int kCluster_ = 1, unsigned kReads = kNothing>
 struct ForwardTile : TileReads<kReads> {
-  using Seeing = ForwardTile<kHeadDim_, kValueDim_, kWarpgroups_, kK_, kSlots_, kQueryInRegisters_, kCluster_,
-                             kReads | kVisibility>;
+  // The same with kVisibility, for which more than 128 keys leave no registers.
+  using Seeing = ForwardTile<kHeadDim_, kValueDim_, kWarpgroups_, kK_ <= 128 ? kK_ : 128, kSlots_, kQueryInRegisters_,
+                             kCluster_, kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
@@ -61,6 +62,10 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kCluster == 2 ? 40 : 24;
   static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : kCluster == 2 ? 232 : 240;
+  // Whether what rows see is kept from tile to tile: where registers are left for it.
+  static constexpr bool kDropsTightly = TileReads<kReads>::kDrops && (kQueryInRegisters || kHeadDim == 256);
+  static constexpr bool kKeepsRows = !TileReads<kReads>::kReadsScores && !kStagesScores &&
+                                     !(TileReads<kReads>::kAnyVisibility && (kDropsTightly || kK == 112));
   static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <= (kWarpgroups + 1) * kStartRegisters,
                 "the warpgroups of a block do not have that many registers together");
 
@@ -106,11 +111,11 @@ template <>
 struct ForwardTiles<64, 64> {
   using Dense = ForwardTile<64, 64, 3, 128, 6, false>;  // 1k: 426 (2x128: 412), 16k: 557 (3x96: 540)
   using ShortDense = Dense;
-  using Long = ForwardTile<64, 64, 3, 96, 6, true>;        // causal 4k: 438 (2x128: 431), 16k: 513 (472)
-  using Short = ForwardTile<64, 64, 2, 128, 6, true>;      // causal 1k: 330 (3x96: 289)
-  using GeneralDense = Long;                               // 337 (2x128: 329)
-  using General = Short;                                   // causal: 308 (3x96: 313), documents of 1024: 243 (212)
-  using Dropping = DroppingTile<64, 64, 2, 128, 6, true>;  // 314 (3x96: 302)
+  using Long = ForwardTile<64, 64, 3, 96, 6, true>;         // causal 4k: 438 (2x128: 431), 16k: 513 (472)
+  using Short = ForwardTile<64, 64, 2, 128, 6, true>;       // causal 1k: 330 (3x96: 289)
+  using GeneralDense = Long;                                // 337 (2x128: 329)
+  using General = Short;                                    // causal: 308 (3x96: 313), documents of 1024: 243 (212)
+  using Dropping = DroppingTile<64, 64, 2, 128, 6, false>;  // 356 (with queries in registers 349, 2x192: 360)
   using Staging = StagingTile<64, 64, 2, 128, 6, true>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
@@ -130,11 +135,12 @@ template <>
 struct ForwardTiles<128, 128> {
   using Dense = ForwardTile<128, 128, 2, 128, 4, true, 2>;  // 1k: 594 (without cluster 571), 16k: 717 (685)
   using ShortDense = Dense;
-  using Long = Dense;                                           // causal 4k: 608 (589), 16k: 693 (651)
-  using Short = ForwardTile<128, 128, 2, 128, 4, true>;         // causal 1k: 432 (with cluster 418), 2k: 555 (545)
-  using GeneralDense = Dense;                                   // 508 (without cluster 497)
-  using General = Short;                                        // causal: 446 (with cluster 432)
-  using Dropping = DroppingTile<128, 128, 2, 128, 4, true, 2>;  // 439 (without cluster 433)
+  using Long = Dense;                                    // causal 4k: 608 (589), 16k: 693 (651)
+  using Short = ForwardTile<128, 128, 2, 128, 4, true>;  // causal 1k: 432 (with cluster 418), 2k: 555 (545)
+  using GeneralDense = Dense;                            // 508 (without cluster 497)
+  using General = Short;                                 // causal: 446 (with cluster 432)
+  // 487 (without cluster 481, 2x128: 469, with queries in registers 453), causal 423 (425, 421, 410)
+  using Dropping = DroppingTile<128, 128, 2, 160, 4, false, 2>;
   using Staging = StagingTile<128, 128, 2, 128, 4, false>;
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
 };
@@ -230,6 +236,9 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   const Visibility& v = p.visibility;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
+  // All rows of a sequence see the same of it, as in dense attention.
+  if (v.sequences > 1 && v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && keys >= kShortDenseKeys)
+    return ForwardKind::kLong;
   return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
@@ -238,7 +247,7 @@ inline WorkOrder forward_order(const Problem& p, int q_tile) {
   const int64_t heads = int64_t(p.shape.heads) * p.shape.batch;
   const int64_t tiles = (p.shape.q_len + q_tile - 1) / q_tile;
   if (is_dense(p)) {
-    WorkOrder order = work_order(heads, tiles, 1);
+    WorkOrder order = work_order(p, heads, tiles, 1);
     order.sections = order.heads;  // all tiles are as long
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
     // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
@@ -254,7 +263,7 @@ inline WorkOrder forward_order(const Problem& p, int q_tile) {
   constexpr int64_t kLeastHeads = 4;
   const int64_t kv_bytes = int64_t(p.shape.k_len) * (p.shape.head_dim + p.shape.value_dim) * 2;
   const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / std::max(p.shape.kv_heads, 1)) : heads;
-  WorkOrder order = work_order(heads, tiles, std::max(fit, kLeastHeads));
+  WorkOrder order = work_order(p, heads, tiles, std::max(fit, kLeastHeads));
   order.drawn = true;
   return order;
 }

@@ -1,12 +1,15 @@
 // In which order persistent blocks take their items: one each for a tile of a head of a batch entry.
 //
 // Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
-// first. The last section is as large as it takes to end evenly: with few items of each length, some block would still
-// be busy with a long one when the others have ended.
+// first. Where causal sequences are packed into one, the host knows their number, and takes them for equally long: then
+// the longest tiles of all sequences come first. The last section is as large as it takes to end evenly: with few items
+// of each length, some block would still be busy with a long one when the others have ended.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+
+#include "problem.h"
 
 namespace jfa::sm90 {
 
@@ -16,6 +19,7 @@ struct WorkOrder {
   int tiles = 0;  // of a head
   int heads = 0;  // counted over the batch
   int items = 0;
+  int sequence_tiles = 0;  // of each of the sequences, if there are several
   int section_heads = 1;
   int sections = 0;            // before the last one, which has the other heads
   bool batch_fastest = false;  // in the numbering of heads
@@ -23,13 +27,15 @@ struct WorkOrder {
 };
 
 // `fit`: heads that stay in the L2 together.
-inline WorkOrder work_order(int64_t heads, int64_t tiles, int64_t fit) {
+inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int64_t fit) {
   constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200
   WorkOrder order;
   order.tiles = static_cast<int>(tiles);
   order.heads = static_cast<int>(heads);
   order.items = static_cast<int>(tiles * heads);
   if (order.items == 0) return order;
+  if (p.visibility.sequences > 1 && p.visibility.window_right < p.shape.k_len)
+    order.sequence_tiles = static_cast<int>((tiles + p.visibility.sequences - 1) / p.visibility.sequences);
   const int64_t section = std::min(std::max<int64_t>(fit, 1), heads);
   const int64_t last = std::min(std::max(section, (kEvenItems + tiles - 1) / tiles), heads);
   order.section_heads = static_cast<int>(section);

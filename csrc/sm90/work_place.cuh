@@ -8,9 +8,19 @@
 namespace jfa::sm90 {
 
 struct WorkPlace {
-  int rank;  // of the tile, by length
+  int tile;  // the longest of a head are the first
   int head, batch;
 };
+
+// Of a head's tiles the one with that rank by length: the first of each sequence, the second of each, and so on.
+__device__ __forceinline__ int tile_of_rank(const WorkOrder& order, int rank) {
+  const int of_sequence = order.sequence_tiles;
+  if (of_sequence == 0) return rank;
+  const int sequences = order.tiles / of_sequence, rest = order.tiles % of_sequence;  // these are of one more sequence
+  const int before = rest * (sequences + 1);
+  if (rank < before) return rank / (sequences + 1) + rank % (sequences + 1) * of_sequence;
+  return rest + (rank - before) / sequences + (rank - before) % sequences * of_sequence;
+}
 
 __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number, int batch) {
   const int section = min(number / (order.section_heads * order.tiles), order.sections);
@@ -19,7 +29,7 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
   const int rest = number - first_head * order.tiles;
   const int head = first_head + rest % heads;
   const int heads_of_entry = order.heads / batch;
-  return {rest / heads, order.batch_fastest ? head / batch : head % heads_of_entry,
+  return {tile_of_rank(order, rest / heads), order.batch_fastest ? head / batch : head % heads_of_entry,
           order.batch_fastest ? head % batch : head / heads_of_entry};
 }
 
