@@ -196,16 +196,12 @@ struct ScoreRule {
 #pragma unroll
     for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) < end ? s.v[r][c] : minus_infinity();
     if (begin <= 0) return;  // of keys, only windows have an edge there
-    if (const int sink_end = sinks - at.first_col; sinks > 0 && sink_end > 0) {
+    const int sink_end = sinks > 0 ? sinks - at.first_col : -kUnbounded;
 #pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        const int col = Position<>::col_offset(c);
-        s.v[r][c] = col >= begin || col < sink_end ? s.v[r][c] : minus_infinity();
-      }
-      return;
+    for (int c = 0; c < kCols; ++c) {
+      const int col = Position<>::col_offset(c);
+      s.v[r][c] = col >= begin || col < sink_end ? s.v[r][c] : minus_infinity();
     }
-#pragma unroll
-    for (int c = 0; c < kCols; ++c) s.v[r][c] = Position<>::col_offset(c) >= begin ? s.v[r][c] : minus_infinity();
   }
 
   // Keeps of what is left of a row the columns of its segment.

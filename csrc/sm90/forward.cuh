@@ -140,7 +140,10 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     const Position<> at(first_row, j);
     if constexpr (kKeepsRows) {
       rule.apply_staged(s, at, rows, staged);
-      if (!whole) rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows);
+      if (!whole) {
+        rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows);
+        if constexpr (!kGeneral) s.settle_all();  // or every tile's scores are copied, beside the branch
+      }
     } else if (rule.needs_mask(unmasked, j, j + Shape::kK)) {
       const ForwardItem now = item();
       rule.begin(now.batch, now.head);
