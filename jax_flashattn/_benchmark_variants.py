@@ -30,6 +30,37 @@ def ours(implementation: str) -> Attention:
     return lambda q, k, v, causal: attention(q, k, v, is_causal=causal, implementation=chosen)
 
 
+def features() -> dict[str, Attention]:
+    """`attention` with one option each that costs something, and with none: "plain".
+
+    A bias and a mask are left out: they would be as large as the scores.
+    """
+
+    def slopes(q):  # ALiBi's own, arXiv 2108.12409, for a power of two of heads
+        return jnp.exp2(-8 * jnp.arange(1, q.shape[2] + 1, dtype=jnp.float32) / q.shape[2])
+
+    def documents(q):  # of 1024 tokens, or four
+        ids = jnp.arange(q.shape[1]) // min(1024, max(1, q.shape[1] // 4))
+        return jnp.broadcast_to(ids, q.shape[:2])
+
+    options: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "plain": lambda q: {},
+        "soft cap": lambda q: {"logits_soft_cap": 50.0},
+        "ALiBi": lambda q: {"alibi_slopes": slopes(q)},
+        "dropout": lambda q: {"dropout_rate": 0.1, "dropout_key": jax.random.key(1)},
+        "sinks": lambda q: {"sinks": jnp.zeros(q.shape[2], jnp.float32)},
+        "traced scale": lambda q: {"scale": jnp.float32(q.shape[3] ** -0.5)},
+        "deterministic": lambda q: {"deterministic": True},
+        "documents": lambda q: {
+            "query_segment_ids": documents(q), "key_value_segment_ids": documents(q),
+        },
+    }  # fmt: skip
+    return {
+        name: lambda q, k, v, causal, of=of: attention(q, k, v, is_causal=causal, **of(q))
+        for name, of in options.items()
+    }
+
+
 def jax_nn(implementation) -> Attention:
     """jax.nn.dot_product_attention by "xla" or "cudnn"."""
     return lambda q, k, v, causal: jax.nn.dot_product_attention(

@@ -36,7 +36,7 @@ from jax_flashattn._benchmark_report import (
     write_csv,
     write_plots,
 )
-from jax_flashattn._benchmark_variants import Attention, families, inputs, variants
+from jax_flashattn._benchmark_variants import Attention, families, features, inputs, variants
 
 WARM_UP_SECONDS = 0.15
 ROUNDS, ROUND_SECONDS = 5, 0.05
@@ -51,6 +51,7 @@ DENSE = {
     256: [(16, 1024, 8, 8), (4, 4096, 8, 8), (1, 16384, 8, 8)],
 }  # fmt: skip
 SMALL = {32: [(2, 128, 4, 2), (1, 256, 4, 2)]}
+FEATURE_ROWS = (128, 4096)  # head dim and length of the rows where options are timed
 QUICK_LENGTHS = (4096, 128)  # the rows of these lengths, on a GPU and elsewhere
 
 
@@ -160,11 +161,16 @@ def parse(arguments) -> argparse.Namespace:
     text = "attention's implementation, auto is None (default: each compiled kernel family)"
     add("--ours", nargs="+", choices=implementations, default=families(), help=text)
     add("--against", nargs="*", choices=peers, default=peers if on_gpu else ["xla"])
+    text = "instead of peers: what each option leaves of plain attention's speed"
+    add("--features", action="store_true", help=text)
     add("--quick", action="store_true", help="a few rows only")
     add("--markdown", action="store_true", help="also print one table for a README")
     add("--output", type=Path, metavar="DIR", help="write results.csv, environment.json and plots")
     options = parser.parse_args(arguments)
-    rows = options.shapes or default_shapes(on_gpu=on_gpu, quick=options.quick)
+    table = default_shapes(on_gpu=on_gpu, quick=options.quick)
+    if options.features and on_gpu and not options.head_dims:
+        table = [row for row in table if (row.head_dim, row.length) == FEATURE_ROWS]
+    rows = options.shapes or table
     options.shapes = [x for x in rows if x.head_dim in (options.head_dims or [x.head_dim])]
     if not options.shapes:
         parser.error(f"no row has one of the head dims {options.head_dims}")
@@ -186,7 +192,11 @@ def main(arguments=None) -> int:
     tqdm = needed("tqdm").tqdm
     machine = environment()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
-    mine, others = variants(options.ours, options.against)
+    if options.features:
+        mine = features()
+        others = {"plain": mine.pop("plain")}
+    else:
+        mine, others = variants(options.ours, options.against)
     baseline = "jax.nn cudnn" if "jax.nn cudnn" in others else next(iter(others), "")
     report = Report(
         list(mine), list(others), baseline, options.passes, options.dtype, machine["device"]

@@ -245,6 +245,31 @@ def test_programs_compute_what_they_say():
             np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_what_they_are_called():
+    row = Shape(8, 2, 16, 2, 1, True)
+    q, k, v, _ = _benchmark_variants.inputs(row, "float32")
+    results = {
+        name: attention(q, k, v, True) for name, attention in _benchmark_variants.features().items()
+    }
+    plain = results.pop("plain")
+    np.testing.assert_array_equal(plain, _benchmark_variants.ours("auto")(q, k, v, True))
+    for name, result in results.items():
+        if name in ("traced scale", "deterministic"):
+            np.testing.assert_allclose(result, plain, rtol=1e-5, atol=1e-6, err_msg=name)
+        else:
+            assert not np.allclose(result, plain, atol=1e-4), name
+
+
+@pytest.mark.slow
+def test_features_on_a_cpu():
+    done = command("--features", "--shapes", "16,1,64,2,1,no", "--passes", "forward")
+    assert done.returncode == 0, done.stderr
+    header, _, row = done.stdout.split("\n\n")[-1].splitlines()[-3:]
+    assert "ALiBi / plain" in header
+    assert "plain / plain" not in header
+    assert len(row.split()) == 5 + 8 + 7  # the shape, speeds, and what they are of plain
+
+
 def test_default_shapes_are_all_different():
     rows = benchmark.default_shapes(on_gpu=True, quick=False)
     assert len(set(rows)) == len(rows) == 24
