@@ -159,14 +159,17 @@ def parse(arguments) -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="bfloat16" if on_gpu else "float32")
     add("--passes", nargs="+", choices=list(PASSES), default=list(PASSES))
     text = "attention's implementation, auto is None (default: each compiled kernel family)"
+    against = peers if on_gpu else ["xla"]
     add("--ours", nargs="+", choices=implementations, default=families(), help=text)
-    add("--against", nargs="*", choices=peers, default=peers if on_gpu else ["xla"])
-    text = "instead of peers: what each option leaves of plain attention's speed"
+    add("--against", nargs="*", choices=peers, default=against)
+    text = "instead of --ours and --against: what each option leaves of plain attention's speed"
     add("--features", action="store_true", help=text)
     add("--quick", action="store_true", help="a few rows only")
     add("--markdown", action="store_true", help="also print one table for a README")
     add("--output", type=Path, metavar="DIR", help="write results.csv, environment.json and plots")
     options = parser.parse_args(arguments)
+    if options.features and (options.ours != families() or options.against != against):
+        parser.error("--features times attention's own choice only: leave out --ours and --against")
     table = default_shapes(on_gpu=on_gpu, quick=options.quick)
     if options.features and on_gpu and not options.head_dims:
         table = [row for row in table if (row.head_dim, row.length) == FEATURE_ROWS]

@@ -260,6 +260,14 @@ def test_features_are_what_they_are_called():
             assert not np.allclose(result, plain, atol=1e-4), name
 
 
+def test_features_take_no_other_variants(capsys):
+    for other in (["--ours", "xla"], ["--against"]):
+        with pytest.raises(SystemExit):
+            benchmark.parse(["--features", *other])
+        assert "leave out --ours and --against" in capsys.readouterr().err
+    assert benchmark.parse(["--features"]).features
+
+
 @pytest.mark.slow
 def test_features_on_a_cpu():
     done = command("--features", "--shapes", "16,1,64,2,1,no", "--passes", "forward")

@@ -34,9 +34,9 @@ __device__ __forceinline__ void shift_large(Fragment<kRows, kCols>& s, const flo
 __device__ __forceinline__ float sink_log2(const HeadNumbers& sinks, int b, int h) {
   return sinks.data == nullptr ? minus_infinity() : load_global(sinks.data + b * sinks.batch_stride + h) * kLog2e;
 }
-// The same of a row, which sees it unless it belongs to no sequence.
-__device__ __forceinline__ float sink_of_row(float sink, const Sequence& sequence, int i) {
-  return sink == minus_infinity() || sequence.belongs(i) ? sink : minus_infinity();
+// Whether row i sees one: not where it belongs to no sequence.
+__device__ __forceinline__ bool sees_sink(const HeadNumbers& sinks, const Sequence& sequence, int i) {
+  return sinks.data != nullptr && sequence.belongs(i);
 }
 
 // A row's output is to be multiplied by the result; also its log-sum-exp in natural units. `part` is this thread's part

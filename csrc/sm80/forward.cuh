@@ -39,7 +39,8 @@ __device__ __forceinline__ void store_output(const Problem& p, const ForwardSmem
   for (int r = 0; r < kRows; ++r) {
     const int i = at.row(r);
     float row_lse;
-    const float sink = sink_of_row(sink_log2(p.scores.sinks, item.batch, item.head), sequence, i);
+    const bool has_sink = sees_sink(p.scores.sinks, sequence, i);
+    const float sink = has_sink ? sink_log2(p.scores.sinks, item.batch, item.head) : minus_infinity();
     const float inverse = softmax.finish(r, sink, row_lse) * (kGeneral ? p.scores.dropout.kept : 1.0f);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 4; ++c) o.v[r][c] = i < q_len ? o.v[r][c] * inverse : 0.0f;

@@ -22,7 +22,7 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sink = minus_infinity();
-    if (Shape::kAnyVisibility && p.scores.sinks.data != nullptr && sequence_of<Shape>(p, item).belongs(at.row(r)))
+    if (Shape::kAnyVisibility && sees_sink(p.scores.sinks, sequence_of<Shape>(p, item), at.row(r)))
       sink = load_shared_f32(published + kItemSink);
     inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
   }

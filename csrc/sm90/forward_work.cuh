@@ -36,7 +36,9 @@ struct ForwardItem {
 // Published items stay readable while the next two are: the epilogue of one runs when its successor has been taken.
 constexpr int kItems = 4;
 constexpr int kItemBytes = 64;
-constexpr int kItemSink = 32;  // of its head, in log2 units, -inf for none: where kAnyVisibility
+// Behind it, where kAnyVisibility, the sink of its head: in log2 units, -inf for none.
+constexpr int kItemSink = sizeof(ForwardItem);
+static_assert(kItemSink + sizeof(float) <= kItemBytes, "an item and its sink do not fit their place");
 
 template <class Shape>
 struct ForwardSmem {

@@ -62,7 +62,8 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kCluster == 2 ? 40 : 24;
   static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : kCluster == 2 ? 232 : 240;
-  // Whether what rows see is kept from tile to tile: where registers are left for it.
+  // Whether what rows see is kept from tile to tile: not where scores are read, nor, of tiles with kVisibility, beside
+  // dropout that leaves few registers, or beside 112 keys, since all these spilled.
   static constexpr bool kDropsTightly = TileReads<kReads>::kDrops && (kQueryInRegisters || kHeadDim == 256);
   static constexpr bool kKeepsRows = !TileReads<kReads>::kReadsScores && !kStagesScores &&
                                      !(TileReads<kReads>::kAnyVisibility && (kDropsTightly || kK == 112));

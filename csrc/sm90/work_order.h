@@ -1,9 +1,10 @@
 // In which order persistent blocks take their items: one each for a tile of a head of a batch entry.
 //
 // Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
-// first. Where causal sequences are packed into one, the host knows their number, and takes them for equally long: then
-// the longest tiles of all sequences come first. The last section is as large as it takes to end evenly: with few items
-// of each length, some block would still be busy with a long one when the others have ended.
+// first. Where sequences with an edge on the right (causal ones) are packed into one, the host knows their number, and
+// takes them for equally long: then the longest tiles of all sequences come first. The last section is as large as it
+// takes to end evenly: with few items of each length, some block would still be busy with a long one when the others
+// have ended.
 #pragma once
 
 #include <algorithm>
