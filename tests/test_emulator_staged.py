@@ -1,4 +1,4 @@
-"""A bias or a mask that TMA brings to the Hopper forward, on the emulator."""
+"""A bias or a mask that TMA brings to the Hopper forward and backward, on the emulator."""
 
 import dataclasses
 
@@ -23,9 +23,25 @@ def test_forward_of_scores_that_tma_copies(dims, scores):
     check(case, "float16", family="sm90", gradients=False, multiprocessors=2)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("scores", ["bias", "mask"])
+def test_backward_of_scores_that_tma_copies(dim, scores):
+    """The same of the backward that owns keys."""
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "logits_soft_cap": 3.0}
+    case = Case(f"{scores}-by-tma", 290, 272, batch=1, heads=2, kv_heads=1, bias_dtype=None,
+                options=options, head_dim=dim, value_dim=dim - 24,
+                **{scores: (1, 2, 290, 272)})  # fmt: skip
+    check(case, DTYPES[dim % 64 != 0], family="sm90", multiprocessors=2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks(Case):
-    """A mask that is all true or all false for some warps, and NaN in keys that it hides."""
+    """A mask that is all true or all false for some warps, and NaN in keys that it hides.
+
+    In the backward these would reach the queries as 0 x NaN: a mask cleans no tiles.
+    """
+
+    hidden: float = np.nan
 
     def arrays(self, dtype):
         arrays = super().arrays(dtype)
@@ -36,7 +52,7 @@ class Blocks(Case):
         mask[:, :, 32:48] = False  # sees nothing
         mask[:, :, 64:80] = True
         mask[:, :, :, 130:135] = False
-        arrays["key"][:, 130:135] = np.nan
+        arrays["key"][:, 130:135] = self.hidden
         return arrays
 
 
@@ -44,20 +60,26 @@ BLOCKS = Blocks("mask-blocks", 150, 272, heads=4, kv_heads=2, mask=(2, 1, 150, 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_of_whole_tiles_of_a_mask(dtype):
+def test_whole_tiles_of_a_mask(dtype):
     actual = check(BLOCKS, dtype, family="sm90", gradients=False, multiprocessors=2)
     assert np.isneginf(actual["lse"][:, :, 32:48]).all()
     assert not actual["out"][:, 32:48].any()
+    actual = check(
+        dataclasses.replace(BLOCKS, hidden=100.0), dtype, family="sm90", multiprocessors=2
+    )
+    assert not actual["query"][:, 32:48].any()
+    assert not actual["key"][:, 130:135].any()
 
 
 def test_dropout_beside_a_mask_that_tma_could_copy():
     case = CASES["mask-aligned-2x2x150x272"]
     case = dataclasses.replace(case, options={"dropout_rate": 0.3})
-    check(case, "bfloat16", family="sm90", gradients=False)
+    check(case, "bfloat16", family="sm90")
 
 
 # File, what to replace in it, by what, and the case that must notice.
 STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
+BACKWARD = "sm90/backward_staged.cuh"
 BIASED = "bias-aligned-1x2x150x264"
 MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
 MUTANTS = {
@@ -99,11 +121,43 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutant_is_caught(mutant):
-    file, old, new, name = MUTANTS[mutant]
-    case = BLOCKS if name == BLOCKS.name else CASES[name]
+MUTANTS_OF_THE_BACKWARD = {
+    "bias-not-awaited": (
+        BACKWARD, "mbarrier_wait(shared_address(&smem.staged_full[slot]), parity);", "", BIASED),
+    "bias-overwritten": (
+        BACKWARD, "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);", "",
+        BIASED),
+    "bias-of-the-first-entry": (
+        BACKWARD, "tensor.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
+    "bias-of-other-keys": (
+        BACKWARD, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
+        BIASED),
+    "bias-forgotten": (
+        "common/scores.cuh", "if (staged.adds()) staged.add(s);", "", BIASED),
+    "mask-of-the-first-head": (
+        BACKWARD, "tensor.heads > 1 ? h : 0", "0", MASKED),
+    "mask-of-the-first-rows": (
+        BACKWARD, "item.first_row + tile * Shape::kQ, head", "item.first_row, head", MASKED),
+    "mask-of-this-lane": (
+        BACKWARD, "shuffle_from(visible, source),", "visible,", MASKED),
+    "mask-of-even-keys": (
+        BACKWARD, "lane_index() / 4 % 2 == 0 ? 0x6420 : 0x7531", "0x6420", MASKED),
+    "mask-forgotten": (
+        "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
+    "mask-of-a-part-is-none": (
+        BACKWARD, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
+        "any_lane(visible == 0)", BLOCKS.name),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mutant", "gradients"),
+    [(name, False) for name in MUTANTS] + [(name, True) for name in MUTANTS_OF_THE_BACKWARD],
+)
+def test_mutant_is_caught(mutant, gradients):
+    file, old, new, name = (MUTANTS_OF_THE_BACKWARD if gradients else MUTANTS)[mutant]
+    case = CASES.get(name, dataclasses.replace(BLOCKS, hidden=100.0 if gradients else np.nan))
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(case, "bfloat16", seed=seed, edits=((file, old, new),), family="sm90",
-                  gradients=False, multiprocessors=1)  # fmt: skip
+                  gradients=gradients, multiprocessors=1)  # fmt: skip

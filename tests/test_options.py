@@ -259,11 +259,16 @@ def test_explain_tells_what_tma_brings():
     shapes = {"query": (1, 40, 2, 64), "key": (1, 48, 2, 64), "value": (1, 48, 2, 64)}
     mask, bias = jnp.ones((40, 48), bool), jnp.zeros((40, 48), "bfloat16")
 
+    def explain(**scores):
+        return jax_flashattn.explain(**arrays(**shapes), **scores, platform="cuda")
+
     def schedule(**scores):
-        return jax_flashattn.explain(**arrays(**shapes), **scores, platform="cuda").schedule
+        return explain(**scores).schedule
 
     assert "mask by TMA" in schedule(mask=mask)
     assert "bias by TMA" in schedule(bias=bias)
+    assert "mask by TMA" in explain(mask=mask).backward_schedule
+    assert "read by each thread" in explain(bias=bias.astype("float32")).backward_schedule
     dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
     read = ({"mask": mask[:1]}, {"mask": mask, "bias": bias}, {"bias": bias.astype("float32")})
     for scores in (*read, {"mask": mask} | dropout):

@@ -166,6 +166,11 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t a, uint32_t b, uint32_
   return y;
 }
 
+// 9.7.9.7 prmt: byte n of the result is the one that nibble n of `selector` names: 0 to 3 of a, 4 to 7 of b.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 // 1 / x with relative error 2^-23, for normal x (9.7.3.15 rcp). A division would call a function for the other x.
 __device__ __forceinline__ float reciprocal_approximate(float x) {
   float y;

@@ -170,6 +170,17 @@ struct ScoreRule {
     compute_scores<true, kReads>(s, at, sequence, NoRows{}, false, words, slopes);
     if (hides) hide_transposed(s, at, sequence);
   }
+  // The same with what is staged.
+  template <int kRows, int kCols, class Slopes, class Staged>
+  __device__ __forceinline__ void apply_staged_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
+                                                          const Sequence& sequence, bool hides, Slopes& slopes,
+                                                          const Staged& staged) const {
+    scale_and_cap(s, slopes);
+    if (staged.adds()) staged.add(s);
+    if (scores.alibi_slopes.data != nullptr) add_alibi_transposed(s, at, sequence);
+    if (staged.hides()) staged.hide(s);
+    if (hides) hide_transposed(s, at, sequence);
+  }
   template <int kRows, int kCols>
   __device__ __forceinline__ void hide_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
                                                   const Sequence& sequence) const {

@@ -14,6 +14,7 @@
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
 #include "sm90/backward_products.cuh"
+#include "sm90/backward_staged.cuh"
 #include "sm90/backward_work.cuh"
 #include "sm90/store_rows.cuh"
 
@@ -142,9 +143,7 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
         at.advance();
       }
     }
-    // The item has been read. Without the wait this warp could arrive for the next one in the same phase.
-    mbarrier_wait(shared_address(&smem.kv_full), taken % 2);
-    arrive_for_warp(shared_address(&smem.kv_free));
+    leave_item(smem, taken);
   }
 }
 
@@ -246,6 +245,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);
       issue_scores_transposed<Element, Shape>(dp, v_rows, d_o + slot * kQueryPlace);
 
+      const std::conditional_t<Shape::kStagesScores, TransposedStagedReader<Element, Shape>, NothingStaged> staged(
+          a, smem, slot, at.parity);
       wgmma_wait<1>();
       s.settle_all();  // or the compiler looks at the scores before their product has been waited for
       const bool hides = Rule::template may_hide<Shape::kReadsScores>(unmasked, i, i + Shape::kQ);
@@ -282,7 +283,11 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       } else {
         if (kGeneral || hides) {
           with_rule([&](const auto& rule, const auto& at, const auto& sequence) {
-            rule.template apply_transposed<Shape::kReadsScores>(s, at, sequence, hides, slopes);
+            if constexpr (Shape::kStagesScores) {
+              rule.apply_staged_transposed(s, at, sequence, hides, slopes, staged);
+            } else {
+              rule.template apply_transposed<Shape::kReadsScores>(s, at, sequence, hides, slopes);
+            }
           });
         }
         if (hides) {
@@ -350,13 +355,15 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
   auto& smem = shared_memory<BackwardSmem<Shape>>();
   if (thread_index() == 0) {
     for (int n = 0; n < kBackwardItems; ++n) mbarrier_init(shared_address(&smem.item_ready[n]), 1);
-    mbarrier_init(shared_address(&smem.kv_full), 2);                           // K and V
-    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * 4 + 1);  // and the warp that reads statistics
+    mbarrier_init(shared_address(&smem.kv_full), 2);  // K and V
+    // Each warp that computes, and those that read statistics and load a bias or a mask.
+    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * 4 + 1 + Shape::kStagesScores);
     mbarrier_init(shared_address(&smem.landed), 1);
     for (int n = 0; n < Shape::kStages; ++n) {
       mbarrier_init(shared_address(&smem.q_full[n]), 1 + kWarpThreads);  // Q and the statistics
       mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * kWarpgroupThreads);
       mbarrier_init(shared_address(&smem.d_o_full[n]), 1);
+      if constexpr (Shape::kStagesScores) mbarrier_init(shared_address(&smem.staged_full[n]), 1);
     }
     mbarrier_init_fence();
   }
@@ -365,6 +372,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
     shrink_registers<Shape::kLoadRegisters>();
     if (warp_index() == 0) load_backward<Shape>(a, smem);
     if (warp_index() == 1) load_statistics<Shape>(a, smem);
+    if constexpr (Shape::kStagesScores) {
+      if (warp_index() == 2) load_staged<Shape>(a, smem);
+    }
   } else {
     grow_registers<Shape::kComputeRegisters>();
     compute_backward<Element, Shape, kGeneral>(a, smem);

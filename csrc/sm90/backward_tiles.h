@@ -44,7 +44,8 @@ struct BackwardTile : TileReads<kReads> {
   static_assert(kShare != QueryShare::kTurns || kWideHeadDim == 64, "dQ^T in turns is one product, of 64 rows");
   static constexpr int kBarrierBytes = 1024;
   static constexpr int kSharedBytes = 2 * 2 * kK * kWideHeadDim + kStages * 2 * 2 * kQ * kWideHeadDim +
-                                      2 * 2 * kQ * kK + kStages * 2 * 4 * kQ + kBarrierBytes;
+                                      2 * 2 * kQ * kK + kStages * 2 * 4 * kQ +
+                                      (TileReads<kReads>::kStagesScores ? kStages * 2 * kQ * kK : 0) + kBarrierBytes;
 };
 
 // For each head dim: what each kind of call runs. Dense: all queries see all keys. Figures are TFLOP/s of the whole
@@ -56,6 +57,7 @@ struct BackwardTiles {
   using Short = Long;
   using General = typename Long::Seeing;
   using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
+  using Staging = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
   // 64 queries spill while they read a bias
   using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
@@ -66,6 +68,7 @@ struct BackwardTiles<96> {
   using Short = Long;
   using General = Long::Seeing;
   using Dropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
+  using Staging = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
   using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
@@ -75,6 +78,7 @@ struct BackwardTiles<64> {
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
   using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility>;
   using Dropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kDropout>;
+  using Staging = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kStagedScores>;
   using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };
 
@@ -85,6 +89,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   const bool drops = p.scores.dropout.seeds != nullptr;
+  if (!drops && staged_scores(p) != StagedScores::kNothing) return f(Type<typename Tiles::Staging>{}, std::true_type{});
   // The derivatives of a soft cap and the random bits of dropout do not fit the registers of larger tiles together.
   if (reads_scores(p.scores) || (drops && p.scores.soft_cap != 0.0f)) {
     return f(Type<typename Tiles::Reading>{}, std::true_type{});

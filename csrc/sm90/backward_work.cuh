@@ -12,6 +12,8 @@ namespace jfa::sm90 {
 
 struct BackwardArguments {
   TensorMap q, k, v, d_o;
+  TensorMap scores;  // what is staged
+  StagedScores staged;
   Problem p;
   Gradients g;
   WorkOrder order;
@@ -34,12 +36,20 @@ struct BackwardSmem {
     float lse_log2[Shape::kQ];  // +inf for a row that sees nothing
     float delta[Shape::kQ];
   };
+  using StagedBias = Tile<Shape::kQ, Shape::kK>;
+  using StagedMask = ByteTile<Shape::kQ, Shape::kWarpgroups == 2 ? Shape::kK : kRowBytes>;
+  struct Scores {
+    StagedBias scores[Shape::kStages];  // a mask takes half of it
+  };
+  struct NoScores {};
   Tile<Shape::kK, Shape::kHeadDim> k, v;
   Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages], d_o[Shape::kStages];
   Tile<Shape::kQ, Shape::kK> ds[Shape::kStages];
+  std::conditional_t<Shape::kStagesScores, Scores, NoScores> staged;
   alignas(16) Stage rows[Shape::kStages];  // full with q
   alignas(8) uint64_t q_full[Shape::kStages], d_o_full[Shape::kStages];
-  uint64_t stage_free[Shape::kStages];  // of Q, dO and the statistics
+  uint64_t staged_full[Shape::kStages];
+  uint64_t stage_free[Shape::kStages];  // of Q, dO, the statistics, and what is staged
   uint64_t kv_full, kv_free;
   uint64_t landed;  // a tile that has to be cleaned before it is full
   uint64_t item_ready[kBackwardItems];
@@ -52,6 +62,14 @@ __device__ __forceinline__ BackwardItem wait_for_item(const BackwardSmem<Shape>&
   const unsigned slot = count % kBackwardItems;
   mbarrier_wait(shared_address(&smem.item_ready[slot]), count / kBackwardItems % 2);
   return load_item<BackwardItem>(shared_address(&smem.items[slot]));
+}
+
+// Of a warp that has read an item, and all that it needs of it; before the last of them has, it is not overwritten.
+template <class Shape>
+__device__ __forceinline__ void leave_item(BackwardSmem<Shape>& smem, unsigned count) {
+  // Without the wait this warp could arrive for the next item in the same phase.
+  mbarrier_wait(shared_address(&smem.kv_full), count % 2);
+  arrive_for_warp(shared_address(&smem.kv_free));
 }
 
 // The item with that number: sections of heads, in each of them the first key tiles of all heads first. `rows` are the

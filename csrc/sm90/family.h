@@ -83,6 +83,13 @@ inline std::string describe(const WorkOrder& order, bool drawn) {
                 : std::string("dealt out in turn"));
 }
 
+// How a bias or a mask comes to those who compute, if there may be one.
+template <class Tile>
+std::string describe_scores(const Problem& p) {
+  if (Tile::kStagesScores) return p.scores.mask.data != nullptr ? ", mask by TMA" : ", bias by TMA";
+  return Tile::kReadsScores ? ", bias and mask read by each thread" : "";
+}
+
 // Everything of a plan but its scratch and the reasons for the family.
 template <int kHeadDim>
 void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
@@ -97,8 +104,7 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
     plan.schedule = describe(order, order.drawn) + ", over persistent blocks; " + std::to_string(Tile::kSlots) +
                     " key and value tiles in flight" + (Tile::kQueryInRegisters ? ", queries in registers" : "") +
                     (Tile::kStoreByTma ? ", stores by TMA" : "");
-    if (Tile::kStagesScores) plan.schedule += p.scores.mask.data != nullptr ? ", mask by TMA" : ", bias by TMA";
-    if (Tile::kReadsScores) plan.schedule += ", bias and mask read by each thread";
+    plan.schedule += describe_scores<Tile>(p);
   });
 }
 
@@ -115,7 +121,8 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
     plan.schedule = "persistent blocks: dK and dV by key tiles, " + describe(order, true) +
-                    (has_query_kernel ? "" : ", and dQ by float32 additions from all of them");
+                    (has_query_kernel ? "" : ", and dQ by float32 additions from all of them") +
+                    describe_scores<Tile>(p);
   };
   if constexpr (kHeadDim <= 128) {
     with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "sm90/forward_work.cuh"
+#include "sm90/staged_scores.cuh"
 
 namespace jfa::sm90 {
 
@@ -173,18 +174,6 @@ class StagedReader {
     settle_loads(loaded);
     arrive_for_warp(place.free);
   }
-};
-
-struct NothingStaged {
-  template <class Smem>
-  __device__ __forceinline__ NothingStaged(const ForwardArguments&, const Smem&) {}
-  __device__ __forceinline__ static constexpr bool adds() { return false; }
-  __device__ __forceinline__ static constexpr bool hides() { return false; }
-  __device__ __forceinline__ static void load_ahead() {}
-  template <int kCols>
-  __device__ __forceinline__ static void add(Fragment<2, kCols>&) {}
-  template <int kCols>
-  __device__ __forceinline__ static void hide(Fragment<2, kCols>&) {}
 };
 
 }  // namespace jfa::sm90

@@ -29,12 +29,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (status.ok()) status = make_tensor_map(a.o, p.o, p.type, s.value_dim, s.q_len, s.heads, s.batch, kOutputRows);
   a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
   if (status.ok() && a.staged != StagedScores::kNothing) {
-    const bool is_mask = a.staged == StagedScores::kMask;
-    const ScoreTensor& t = is_mask ? p.scores.mask : p.scores.bias;
-    const int64_t plane = int64_t(t.q_len) * t.k_len;
-    const Tensor planes = {t.data, t.heads * plane, t.k_len, plane};
-    status = make_tensor_map(a.scores, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, kWarpgroupRows,
-                             is_mask ? Shape::kK : kRowBytes);
+    status = make_staged_map(a.scores, p, kWarpgroupRows, Shape::kK);
   }
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));

@@ -222,6 +222,12 @@ inline float multiply(float a, float b) {
   return product;
 }
 
+inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t y = 0;
+  for (int n = 0; n < 4; ++n) y |= uint32_t(bytes >> 8 * (selector >> 4 * n & 7) & 0xff) << 8 * n;
+  return y;
+}
 inline uint32_t spread_signs(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t y = 0;
   for (int n = 0; n < 4; ++n) {
