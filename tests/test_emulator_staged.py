@@ -79,7 +79,7 @@ def test_dropout_beside_a_mask_that_tma_could_copy():
 
 # File, what to replace in it, by what, and the case that must notice.
 STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
-BACKWARD = "sm90/backward_staged.cuh"
+BACKWARD, READER = "sm90/backward_staged.cuh", "sm90/staged_scores.cuh"
 BIASED = "bias-aligned-1x2x150x264"
 MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
 MUTANTS = {
@@ -123,29 +123,30 @@ MUTANTS = {
 
 MUTANTS_OF_THE_BACKWARD = {
     "bias-not-awaited": (
-        BACKWARD, "mbarrier_wait(shared_address(&smem.staged_full[slot]), parity);", "", BIASED),
+        "sm90/backward.cuh",
+        "mbarrier_wait(shared_address(&smem.staged_full[slot]), at.parity);", "", BIASED),
     "bias-overwritten": (
         BACKWARD, "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);", "",
         BIASED),
     "bias-of-the-first-entry": (
         BACKWARD, "tensor.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
     "bias-of-other-keys": (
-        BACKWARD, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
+        READER, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
         BIASED),
     "bias-forgotten": (
         "common/scores.cuh", "if (staged.adds()) staged.add(s);", "", BIASED),
     "mask-of-the-first-head": (
         BACKWARD, "tensor.heads > 1 ? h : 0", "0", MASKED),
     "mask-of-the-first-rows": (
-        BACKWARD, "item.first_row + tile * Shape::kQ, head", "item.first_row, head", MASKED),
+        BACKWARD, "item.first_row + tile * Shape::kQ, tensor", "item.first_row, tensor", MASKED),
     "mask-of-this-lane": (
-        BACKWARD, "shuffle_from(visible, source),", "visible,", MASKED),
+        READER, "shuffle_from(visible, source),", "visible,", MASKED),
     "mask-of-even-keys": (
-        BACKWARD, "lane_index() / 4 % 2 == 0 ? 0x6420 : 0x7531", "0x6420", MASKED),
+        READER, "lane_index() / 4 % 2 == 0 ? 0x6420 : 0x7531", "0x6420", MASKED),
     "mask-forgotten": (
         "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
     "mask-of-a-part-is-none": (
-        BACKWARD, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
+        READER, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
         "any_lane(visible == 0)", BLOCKS.name),
 }  # fmt: skip
 

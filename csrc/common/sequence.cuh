@@ -202,10 +202,13 @@ struct Sequence {
     }
     return found;
   }
-  // Of no more tiles than a warp has lanes.
   __device__ __forceinline__ static bool has_gap(const TableSide& side, int begin, int end) {
-    const int x = begin / kTableTile * kTableTile + lane_index() * kTableTile;
-    return any_lane(x < end && load_global(side.tile(x) + 2) != 0);
+    int gaps = 0;
+#pragma unroll 1
+    for (int x = (begin / kTableTile + lane_index()) * kTableTile; x < end; x += kWarpThreads * kTableTile) {
+      gaps |= load_global(side.tile(x) + 2);
+    }
+    return any_lane(gaps != 0);
   }
 };
 

@@ -18,10 +18,50 @@ constexpr int kVisibilityThreads = 256;
 // Ids of segments are looked at in blocks, of which the smallest and the largest id are known.
 constexpr int kIdBlocks = 1024, kIdBlock = 128;  // at most so many, each of so many tokens or a power of two more
 
+constexpr int kCopiedBegins = 1024;
+
 struct VisibilitySmem {
   int begin[kVisibilityThreads / kTableBlock], end[kVisibilityThreads / kTableBlock];  // of what any of a block sees
   int gap[kVisibilityThreads / kTableBlock];
   int lowest[kIdBlocks], highest[kIdBlocks];  // id of the other side
+  int begins[2][kCopiedBegins];               // of packed sequences: of rows, of keys
+};
+
+// Where the packed sequences of a batch entry begin, and the last one ends: rows or keys. Empty where none are packed.
+class Begins {
+ public:
+  // All threads of a block. A search asks for one after the other: they are copied before, unless they are too many.
+  __device__ __forceinline__ Begins(const VisibilitySmem& smem, const Visibility& v, int b, bool of_rows)
+      : count_(v.cu_q == nullptr ? 0 : v.sequences + 1),
+        copied_(count_ <= kCopiedBegins),
+        global_((of_rows ? v.cu_q : v.cu_k) + int64_t(b) * count_),
+        shared_(shared_address(smem.begins[of_rows ? 0 : 1])) {
+    for (int n = thread_index(); copied_ && n < count_; n += kVisibilityThreads) {
+      store_shared_32(shared_ + 4 * n, load_global(global_ + n));
+    }
+  }
+  __device__ __forceinline__ int operator[](int n) const {
+    return copied_ ? int(load_shared_32(shared_ + 4 * n)) : load_global(global_ + n);
+  }
+  // Which sequence a token belongs to; -1: to none.
+  __device__ __forceinline__ int sequence_of(int x) const {
+    int low = 0, high = count_;  // the first that begins past x
+    while (low < high) {
+      const int middle = low + (high - low) / 2;
+      if ((*this)[middle] <= x) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low < count_ ? low - 1 : -1;
+  }
+
+ private:
+  int count_;
+  bool copied_;
+  const int* global_;
+  uint32_t shared_;
 };
 
 // What one token sees of the other side.
@@ -32,38 +72,24 @@ struct Sight {
   bool belongs = false;  // to a sequence, and does not lie past its length
 };
 
-// Which packed sequence a token belongs to; -1: to none. `begins` is [sequences + 1].
-__device__ __forceinline__ int packed_sequence_of(const int* begins, int sequences, int x) {
-  int low = 0, high = sequences + 1;  // the first that begins past x
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (load_global(begins + middle) <= x) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low <= sequences ? low - 1 : -1;
-}
-
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
 
-__device__ __forceinline__ Sight sight_of(const Sequence& sequence, int x, bool is_row) {
+__device__ __forceinline__ Sight sight_of(const VisibilitySmem& smem, const Sequence& sequence, int x, bool is_row) {
   const Visibility& v = sequence.p.visibility;
+  const bool packed = v.cu_q != nullptr;
+  const Begins own(smem, v, sequence.b, is_row), others(smem, v, sequence.b, !is_row);
+  if (packed) barrier();
   Sight sight;
   if (x >= (is_row ? sequence.q_len : sequence.k_len)) return sight;
   Interval within{0, is_row ? sequence.k_len : sequence.q_len};
   sight.offset = v.bottom_right ? sequence.k_len - sequence.q_len : 0;
-  if (v.cu_q != nullptr) {
-    const int64_t first = int64_t(sequence.b) * (v.sequences + 1);
-    const int n = packed_sequence_of((is_row ? v.cu_q : v.cu_k) + first, v.sequences, x);
+  if (packed) {
+    const int n = own.sequence_of(x);
     if (n < 0) return sight;
-    const auto begin_of = [&](const int* begins, int m) {
-      return clamp(load_global(begins + first + m), 0, kMaxSequence);
-    };
-    const int* others = is_row ? v.cu_k : v.cu_q;
+    const auto begin_of = [&](const Begins& begins, int m) { return clamp(begins[m], 0, kMaxSequence); };
     within = {begin_of(others, n), min(begin_of(others, n + 1), within.end)};
-    sight.offset = begin_of(v.cu_k, n + v.bottom_right) - begin_of(v.cu_q, n + v.bottom_right);
+    const int ahead = begin_of(others, n + v.bottom_right) - begin_of(own, n + v.bottom_right);
+    sight.offset = is_row ? ahead : -ahead;
   }
   sight.belongs = true;
   const int to_other = is_row ? sight.offset : -sight.offset;
@@ -144,9 +170,12 @@ __device__ __forceinline__ void narrow_to_segment(const VisibilitySmem& smem, co
   sight.exact = count == sight.of.end - sight.of.begin;
 }
 
-// `Family` keeps the families' copies apart: they are compiled for different GPUs.
+// `Family` keeps the families' copies apart: they are compiled for different GPUs. `counter`: becomes 0, if there is
+// one.
 template <class Family>
-__global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kVisibilityThreads)
+    prepare_visibility(const __grid_constant__ Problem p, uint32_t* counter) {
+  if (counter != nullptr && block_index() == 0 && thread_index() == 0) store_global(counter, 0u);
   const VisibilitySmem& smem = shared_memory<VisibilitySmem>();
   const int q_chunks = ceil_div(p.shape.q_len, kVisibilityThreads);
   const int chunks = q_chunks + ceil_div(p.shape.k_len, kVisibilityThreads);
@@ -156,7 +185,7 @@ __global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const _
   const int x = (is_row ? chunk : chunk - q_chunks) * kVisibilityThreads + thread_index();
   const int extent = is_row ? p.shape.q_len : p.shape.k_len;
   const Sequence sequence(p, b);
-  Sight sight = sight_of(sequence, x, is_row);
+  Sight sight = sight_of(smem, sequence, x, is_row);
   if (p.visibility.q_segments != nullptr) {
     const int others = is_row ? p.shape.k_len : p.shape.q_len;
     const int* ids = (is_row ? p.visibility.k_segments : p.visibility.q_segments) + int64_t(b) * others;
@@ -203,11 +232,11 @@ __global__ void __launch_bounds__(kVisibilityThreads) prepare_visibility(const _
 }
 
 template <class Family>
-Status launch_prepare_visibility(const Problem& p, cudaStream_t stream) {
+Status launch_prepare_visibility(const Problem& p, cudaStream_t stream, uint32_t* counter = nullptr) {
   if (!needs_table(p.visibility)) return Status::Ok();
   const int64_t chunks = ceil_div(p.shape.q_len, kVisibilityThreads) + ceil_div(p.shape.k_len, kVisibilityThreads);
   return launch("jax_flashattn prepare_visibility", prepare_visibility<Family>,
-                Grid{p.shape.batch * chunks, kVisibilityThreads, sizeof(VisibilitySmem)}, stream, p);
+                Grid{p.shape.batch * chunks, kVisibilityThreads, sizeof(VisibilitySmem)}, stream, p, counter);
 }
 
 }  // namespace jfa

@@ -65,9 +65,10 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     warp_barrier();
     if (item.first_key < 0) break;
     const Sequence sequence = sequence_of<Shape>(a.p, item);
+    const bool gaps = sequence.has_blind_rows(rows.begin, rows.end);  // and it has to be asked in which tiles
     const auto load_rows = [&](const TensorMap& map, uint32_t to, uint32_t full, int h, int i) {
       load_tile(
-          Type<QueryTile>{}, map, to, full, i, rows, a.p.shape.q_len, sequence.has_blind_rows(i, i + Shape::kQ),
+          Type<QueryTile>{}, map, to, full, i, rows, a.p.shape.q_len, gaps && sequence.has_blind_rows(i, i + Shape::kQ),
           [&](int row) { return sequence.sees(row); }, h, item.batch);
     };
     const auto load_q = [&](int h, int i) {
@@ -245,8 +246,15 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);
       issue_scores_transposed<Element, Shape>(dp, v_rows, d_o + slot * kQueryPlace);
 
-      const std::conditional_t<Shape::kStagesScores, TransposedStagedReader<Element, Shape>, NothingStaged> staged(
-          a, smem, slot, at.parity);
+      const auto staged = [&] {
+        if constexpr (Shape::kStagesScores) {
+          mbarrier_wait(shared_address(&smem.staged_full[slot]), at.parity);
+          return TransposedStagedReader<Element, BackwardSmem<Shape>>(a.staged,
+                                                                      shared_address(smem.staged.scores[slot].bytes));
+        } else {
+          return NothingStaged();
+        }
+      }();
       wgmma_wait<1>();
       s.settle_all();  // or the compiler looks at the scores before their product has been waited for
       const bool hides = Rule::template may_hide<Shape::kReadsScores>(unmasked, i, i + Shape::kQ);

@@ -175,17 +175,7 @@ __device__ __forceinline__ void compute_backward_bias(const BackwardBiasArgument
     // What a branch changes has to begin as something, or the compiler lets it begin as the last one ended, and copies
     // that between the products.
     dp.clear();
-    await_turn();
-    issue(s, std::integral_constant<int, Shape::kHeadDim>{}, true);
-    issue(dp, std::integral_constant<int, Shape::kValueDim>{}, false);
-    pass_turn();
     const int row = steps.first_row + warp_row, key = steps.first_key;
-    if (steps.first) {
-      if (summed >= 0) store(bias_item<Shape>(a, summed), sum);
-      summed = steps.number;
-      if constexpr (!Shape::kReadsScores) KeptBias<Shape>{a, smem}.load(steps.b, steps.h, Position<>(row, key));
-      sum.clear();  // not before: its registers are those of the bias on its way
-    }
     float lse[2], delta[2];
     bool whole;  // no row of this warp hides a key: not one past the sequence, of which others' numbers would be left
     {
@@ -194,7 +184,16 @@ __device__ __forceinline__ void compute_backward_bias(const BackwardBiasArgument
       whole = !Shape::kReadsScores && row + 16 <= sequence.q_len &&
               Rule::is_whole(sequence.keys_of_all_rows(row, row + 16), key, key + Shape::kK);
     }
-
+    await_turn();
+    issue(s, std::integral_constant<int, Shape::kHeadDim>{}, true);
+    issue(dp, std::integral_constant<int, Shape::kValueDim>{}, false);
+    pass_turn();
+    if (steps.first) {
+      if (summed >= 0) store(bias_item<Shape>(a, summed), sum);
+      summed = steps.number;
+      if constexpr (!Shape::kReadsScores) KeptBias<Shape>{a, smem}.load(steps.b, steps.h, Position<>(row, key));
+      sum.clear();  // not before: its registers are those of the bias on its way
+    }
     if (Shape::kTakesTurns) {
       wgmma_wait<Shape::kValueChunks>();
       release(Shape::kHeadChunks);

@@ -52,12 +52,13 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     load_shared(Type<KeyTile>{}, a.k, ring + at.slot * Shape::kSlotBytes, full + 8 * at.slot, j, head, batch);
     at.advance();
   };
-  // Rows that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN.
-  const auto needs_cleaning = [&](int j, const Interval& keys, const ForwardItem& item) {
+  // Rows that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN. `gaps`:
+  // the item's keys have some between them, and it has to be asked where.
+  const auto needs_cleaning = [&](int j, const Interval& keys, const ForwardItem& item, bool gaps) {
     const Sequence sequence = sequence_of<Shape>(a.p, item);
     // Past the tensor TMA writes zeros.
     return looks_past<Shape::kK>(keys, sequence.sink_keys(), key_alignment(a.p.scores), j, a.p.shape.k_len) ||
-           sequence.has_unseen_keys(j, j + Shape::kK);
+           (gaps && sequence.has_unseen_keys(j, j + Shape::kK));
   };
   const auto load_values = [&](int j, const Interval& keys, int head, const ForwardItem& item, bool cleans) {
     mbarrier_wait(free + 8 * at.slot, at.parity);
@@ -126,6 +127,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     if (Shape::kCluster > 1 && draws && draw_tile == 0) send(drawn, round);
 
     const Interval now_keys = keys;
+    const bool gaps = sequence_of<Shape>(a.p, now).has_unseen_keys(first_tile(now), now_keys.end);
     const auto find_next = [&] {
       number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
       item.first_row = -1;
@@ -138,7 +140,8 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     for (int t = 1; t < now.key_tiles; ++t) {
       if (draws && t == draw_tile) drawn = draw();
       const int last = j;
-      const bool cleans = needs_cleaning(last, now_keys, now);  // found out while there is no place to load anything to
+      const bool cleans =
+          needs_cleaning(last, now_keys, now, gaps);  // found out while there is no place to load anything to
       j = next_tile<Shape>(now, j);
       load_keys(j, kv_head, now.batch);
       load_values(last, now_keys, kv_head, now, cleans);
@@ -149,7 +152,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
       published = true;
     }
     if (!published) find_next();
-    load_values(j, now_keys, kv_head, now, needs_cleaning(j, now_keys, now));
+    load_values(j, now_keys, kv_head, now, needs_cleaning(j, now_keys, now, gaps));
     if (published) continue;
     mbarrier_wait(q_free, q_parity);
     publish(item, round + 1);

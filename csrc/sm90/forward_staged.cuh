@@ -40,10 +40,7 @@ struct StagedPlace {
 // The role of the warp that loads them, along all items.
 template <class Shape>
 __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
-  using Bias = typename ForwardSmem<Shape>::StagedBias;
-  using Mask = typename ForwardSmem<Shape>::StagedMask;
-  const bool is_mask = a.staged == StagedScores::kMask;
-  const ScoreTensor& tensor = is_mask ? a.p.scores.mask : a.p.scores.bias;
+  const ScoreTensor& tensor = staged_tensor(a.p.scores, a.staged);
   uint32_t number = 0;
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
@@ -60,17 +57,9 @@ __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSm
         const StagedPlace<Shape> place(a, smem, w, number);
         mbarrier_wait(place.free, (place.round + 1) % 2);
         if (!elect_one()) continue;
-        const int row = item.first_row + w * kWarpgroupRows;
-        if (is_mask) {
-          mbarrier_arrive_expect(place.full, Mask::kBytes);
-          tma_load(place.bytes, a.scores, place.full, j, row, head, batch);
-        } else {
-          mbarrier_arrive_expect(place.full, Bias::kBytes);
-#pragma unroll
-          for (int c = 0; c < Bias::kChunks; ++c) {
-            tma_load(place.bytes + c * Bias::kChunkBytes, a.scores, place.full, j + c * kChunkCols, row, head, batch);
-          }
-        }
+        mbarrier_arrive_expect(place.full, staged_bytes<ForwardSmem<Shape>>(a.staged));
+        load_staged_tile<ForwardSmem<Shape>>(place.bytes, a.scores, place.full, a.staged, j,
+                                             item.first_row + w * kWarpgroupRows, head, batch);
       }
     }
   }

@@ -34,7 +34,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before
-  if (a.order.drawn) {
+  if (a.order.drawn && !needs_table(p.visibility)) {
     status = cuda_status(cudaMemsetAsync(counter, 0, sizeof(*counter), stream),
                          "jax_flashattn: clearing the counter of work items");
     if (!status.ok()) return status;
@@ -51,7 +51,7 @@ Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, 
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  const Status status = launch_prepare_visibility<Sm90>(p, stream);
+  const Status status = launch_prepare_visibility<Sm90>(p, stream, counter);
   if (!status.ok()) return status;
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;

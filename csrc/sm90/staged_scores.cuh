@@ -2,6 +2,8 @@
 #pragma once
 
 #include "common/fragment.cuh"
+#include "common/math.cuh"
+#include "sm90/ptx.cuh"
 #include "sm90/shared_matrix.cuh"
 #include "sm90/tensor_map.h"
 #include "sm90/tiles.h"
@@ -17,6 +19,100 @@ inline Status make_staged_map(TensorMap& map, const Problem& p, int rows, int ke
   const Tensor planes = {t.data, t.heads * plane, t.k_len, plane};
   return make_tensor_map(map, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, rows, is_mask ? keys : kRowBytes);
 }
+
+__device__ __forceinline__ const ScoreTensor& staged_tensor(const Scores& scores, StagedScores staged) {
+  return staged == StagedScores::kMask ? scores.mask : scores.bias;
+}
+
+// Of a tile, whose types are those of a kernel's picture of shared memory.
+template <class Smem>
+__device__ __forceinline__ int staged_bytes(StagedScores staged) {
+  return staged == StagedScores::kMask ? Smem::StagedMask::kBytes : Smem::StagedBias::kBytes;
+}
+
+// Loads it; one lane calls it.
+template <class Smem>
+__device__ __forceinline__ void load_staged_tile(uint32_t to, const TensorMap& map, uint32_t full, StagedScores staged,
+                                                 int key, int row, int head, int batch) {
+  if (staged == StagedScores::kMask) {
+    tma_load(to, map, full, key, row, head, batch);
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < Smem::StagedBias::kChunks; ++c) {
+    tma_load(to + c * Smem::StagedBias::kChunkBytes, map, full, key + c * kChunkCols, row, head, batch);
+  }
+}
+
+// What a warp reads of a tile at `bytes`, its 16 keys: ScoreRule adds the bias, or hides by the mask. For those whose
+// fragments are transposed, with keys as rows. The tile may be given back after a fence.
+template <class Element, class Smem>
+class TransposedStagedReader {
+ public:
+  // Call it while the product runs that makes the scores: all of a mask fits a register.
+  __device__ __forceinline__ TransposedStagedReader(StagedScores staged, uint32_t bytes)
+      : bytes_(bytes), adds_(staged == StagedScores::kBias) {
+    if (adds_) return;
+    // A lane gets of each 8 queries, of rows 2t and 2t + 1 the keys 2g and 2g + 1, with g = lane / 4 and t = lane % 4.
+    // The bytes of block n of 8 queries become bits n of one word: a bool is 0 or 1.
+    uint32_t visible = 0;
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += 4) {
+      uint32_t pairs[4];
+      load_matrix_x4_transposed(pairs,
+                                bytes_ + Smem::StagedMask::offset_bytes(block * 8 + lane_index(), warp_index() - 4));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) visible += pairs[n] << (block + n);
+    }
+    hides_ = any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1));
+    // The fragment has keys g and g + 8: two lanes with the same queries have them, among others.
+    const int source = lane_index() / 8 * 4 + lane_index() % 4;
+    const uint32_t first = shuffle_from(visible, source), second = shuffle_from(visible, source + 16);
+    visible_ = select_bytes(first, second, lane_index() / 4 % 2 == 0 ? 0x6420 : 0x7531);
+  }
+
+  __device__ __forceinline__ bool adds() const { return adds_; }
+  __device__ __forceinline__ bool hides() const { return hides_; }
+
+  template <int kCols>
+  __device__ __forceinline__ void hide(Fragment<2, kCols>& s) const {
+    // In the order of the bits: seven become predicates by one instruction.
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        float& x = s.v[n / 2][2 * block + n % 2];
+        x = (visible_ & 1u << (8 * n + block)) != 0 ? x : minus_infinity();
+      }
+    }
+  }
+
+  template <int kCols>
+  __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
+#pragma unroll
+    for (int block = 0; block < kBlocks; block += 2) {
+      uint32_t pairs[4];  // of queries: keys g and g + 8 of this block, then of the next
+      load_matrix_x4_transposed(
+          pairs, bytes_ + Smem::StagedBias::offset_bytes(block * 8 + lane_index() / 16 * 8 + lane_index() % 8,
+                                                         2 * (warp_index() - 4) + lane_index() / 8 % 2));
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float2 pair = unpack<Element>(pairs[n]);
+        float* x = &s.v[n % 2][2 * (block + n / 2)];
+        x[0] = fmaf(kLog2e, pair.x, x[0]);
+        x[1] = fmaf(kLog2e, pair.y, x[1]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kBlocks = Smem::StagedBias::kRows / 8;
+  static_assert(kBlocks <= 8 && kBlocks % 4 == 0, "a byte has a bit for each block of 8 queries");
+
+  uint32_t bytes_;
+  bool adds_, hides_ = false;
+  uint32_t visible_;  // of row r and column c, bit c / 2 of byte 2 r + c % 2
+};
 
 // Stands for a StagedReader in kernels to which TMA brings neither.
 struct NothingStaged {
