@@ -65,6 +65,7 @@ LENGTHS = {
     "more-keys": ([129], [463]),
     # Tiles of a sequence, of which the last has fewer: the order of work counts on neither.
     "two-tiles-and-more": ([290, 300], [290, 300]),
+    "more-than-are-copied": ([20, 0] * 3 + [0, 1] * 600, [20, 0] * 3 + [1, 0] * 600),
 }
 
 
@@ -186,10 +187,16 @@ def test_what_nobody_sees_does_not_leak(kind, route):
 MUTANTS = {
     "sequence-begins-late": (
         "common/visibility.cuh",
-        "load_global(begins + middle) <= x", "load_global(begins + middle) < x",
-        "sm90-deterministic", "packed-cross"),
+        "(*this)[middle] <= x", "(*this)[middle] < x", "sm90-deterministic", "packed-cross"),
+    "begins-not-awaited": (
+        "common/visibility.cuh", "if (packed) barrier();", "", "sm90-deterministic",
+        "packed-cross"),
+    "too-many-begins-copied": (
+        "common/visibility.cuh", "copied_(count_ <= kCopiedBegins)", "copied_(true)",
+        "sm90-deterministic", "more-than-are-copied"),
     "offset-of-the-next-sequence": (
-        "common/visibility.cuh", "begin_of(v.cu_k, n + v.bottom_right)", "begin_of(v.cu_k, n + 1)",
+        "common/visibility.cuh",
+        "begin_of(others, n + v.bottom_right)", "begin_of(others, n + 1)",
         "sm90-deterministic", "packed-cross-causal"),
     "span-as-keys-see-it": (
         "common/visibility.cuh",
@@ -214,6 +221,9 @@ MUTANTS = {
         "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
     "rows-not-cleaned": (
         "sm90/backward.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
+    "gaps-of-the-first-tiles": (
+        "common/sequence.cuh", "x < end; x += kWarpThreads * kTableTile", "x < 0; x += 1",
+        "sm90", "alone"),
     "tiles-of-the-last-sequence": (
         "sm90/work_place.cuh", "return rest + (rank - before)", "return (rank - before)",
         "sm90", "two-tiles-and-more"),
