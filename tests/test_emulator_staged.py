@@ -71,10 +71,12 @@ def test_whole_tiles_of_a_mask(dtype):
     assert not actual["key"][:, 130:135].any()
 
 
-def test_dropout_beside_a_mask_that_tma_could_copy():
-    case = CASES["mask-aligned-2x2x150x272"]
-    case = dataclasses.replace(case, options={"dropout_rate": 0.3})
-    check(case, "bfloat16", family="sm90")
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("name", ["mask-aligned-2x2x150x272", "bias-aligned-1x2x150x264"])
+def test_dropout_beside_scores_that_tma_copies(name, dims):
+    options = {"dropout_rate": 0.3, "is_causal": True, "causal_alignment": "bottom_right"}
+    case = dataclasses.replace(CASES[name], head_dim=dims[0], value_dim=dims[1], options=options)
+    check(case, DTYPES[dims[0] % 64 != 0], family="sm90", gradients=dims[0] <= 128)
 
 
 # File, what to replace in it, by what, and the case that must notice.

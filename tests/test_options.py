@@ -270,8 +270,13 @@ def test_explain_tells_what_tma_brings():
     assert "mask by TMA" in explain(mask=mask).backward_schedule
     assert "read by each thread" in explain(bias=bias.astype("float32")).backward_schedule
     dropout = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    assert "mask by TMA" in schedule(mask=mask, **dropout)
+    assert "bias by TMA" in explain(bias=bias, **dropout).backward_schedule
+    capped = explain(bias=bias, logits_soft_cap=9.0, **dropout)
+    assert "bias by TMA" in capped.schedule
+    assert "read by each thread" in capped.backward_schedule
     read = ({"mask": mask[:1]}, {"mask": mask, "bias": bias}, {"bias": bias.astype("float32")})
-    for scores in (*read, {"mask": mask} | dropout):
+    for scores in read:
         assert "read by each thread" in schedule(**scores)
     assert "by each thread" not in schedule()
 

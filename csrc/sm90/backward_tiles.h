@@ -58,6 +58,7 @@ struct BackwardTiles {
   using General = typename Long::Seeing;
   using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   using Staging = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
+  using StagingDropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores | kDropout>;
   // 64 queries spill while they read a bias
   using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
@@ -69,6 +70,7 @@ struct BackwardTiles<96> {
   using General = Long::Seeing;
   using Dropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
   using Staging = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
+  using StagingDropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores | kDropout>;
   using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
 };
 template <>
@@ -79,6 +81,7 @@ struct BackwardTiles<64> {
   using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility>;
   using Dropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kDropout>;
   using Staging = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kStagedScores>;
+  using StagingDropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kStagedScores | kDropout>;
   using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
 };
 
@@ -89,11 +92,13 @@ auto with_backward_tile(const Problem& p, F&& f) {
   constexpr int kShort = kHeadDim == 64 ? 4096 : 1024;
   using Tiles = BackwardTiles<kHeadDim>;
   const bool drops = p.scores.dropout.seeds != nullptr;
-  if (!drops && staged_scores(p) != StagedScores::kNothing) return f(Type<typename Tiles::Staging>{}, std::true_type{});
   // The derivatives of a soft cap and the random bits of dropout do not fit the registers of larger tiles together.
-  if (reads_scores(p.scores) || (drops && p.scores.soft_cap != 0.0f)) {
-    return f(Type<typename Tiles::Reading>{}, std::true_type{});
+  if (drops && p.scores.soft_cap != 0.0f) return f(Type<typename Tiles::Reading>{}, std::true_type{});
+  if (staged_scores(p) != StagedScores::kNothing) {
+    return drops ? f(Type<typename Tiles::StagingDropping>{}, std::true_type{})
+                 : f(Type<typename Tiles::Staging>{}, std::true_type{});
   }
+  if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
   if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
   if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
   if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});

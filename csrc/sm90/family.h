@@ -58,6 +58,8 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
         return with_sight(Type<typename Tiles::Dropping>{}, std::true_type{});
       case ForwardKind::kStaging:
         return f(Type<typename Tiles::Staging>{}, std::true_type{});
+      case ForwardKind::kStagingDropping:
+        return f(Type<typename Tiles::StagingDropping>{}, std::true_type{});
       case ForwardKind::kReading:
         return f(Type<typename Tiles::Reading>{}, std::true_type{});
       case ForwardKind::kShort:

@@ -85,9 +85,10 @@ struct ForwardTile : TileReads<kReads> {
 
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters, int kCluster = 1>
 using DroppingTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, kCluster, kDropout>;
-template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
-using StagingTile =
-    ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kStagedScores>;
+template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters,
+          unsigned kDrops = kNothing>
+using StagingTile = ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1,
+                                kVisibility | kStagedScores | kDrops>;
 template <int kHeadDim, int kValueDim, int kWarpgroups, int kK, int kSlots, bool kQueryInRegisters>
 using ReadingTile =
     ForwardTile<kHeadDim, kValueDim, kWarpgroups, kK, kSlots, kQueryInRegisters, 1, kVisibility | kScoreTensors>;
@@ -105,6 +106,7 @@ struct ForwardTiles {
   using General = Dense;
   using Dropping = DroppingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
   using Staging = StagingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
+  using StagingDropping = StagingTile<kHeadDim, kValueDim, 2, 64, 4, false, kDropout>;
   using Reading = ReadingTile<kHeadDim, kValueDim, 2, 64, 4, false>;
 };
 
@@ -118,6 +120,7 @@ struct ForwardTiles<64, 64> {
   using General = Short;                                    // causal: 308 (3x96: 313), documents of 1024: 243 (212)
   using Dropping = DroppingTile<64, 64, 2, 128, 6, false>;  // 356 (with queries in registers 349, 2x192: 360)
   using Staging = StagingTile<64, 64, 2, 128, 6, true>;
+  using StagingDropping = StagingTile<64, 64, 2, 128, 6, true, kDropout>;
   using Reading = ReadingTile<64, 64, 2, 96, 6, false>;  // wider tiles spill while they read a bias, here and below
 };
 template <>
@@ -130,6 +133,7 @@ struct ForwardTiles<96, 96> {
   using General = Short;                                      // causal: 377 (376)
   using Dropping = DroppingTile<96, 96, 2, 128, 4, true, 2>;  // causal: 341 (without cluster 327)
   using Staging = StagingTile<96, 96, 2, 128, 4, false>;      // with queries in registers it spills
+  using StagingDropping = StagingTile<96, 96, 2, 128, 4, false, kDropout>;
   using Reading = ReadingTile<96, 96, 2, 96, 5, false>;
 };
 template <>
@@ -143,6 +147,7 @@ struct ForwardTiles<128, 128> {
   // 487 (without cluster 481, 2x128: 469, with queries in registers 453), causal 423 (425, 421, 410)
   using Dropping = DroppingTile<128, 128, 2, 160, 4, false, 2>;
   using Staging = StagingTile<128, 128, 2, 128, 4, false>;
+  using StagingDropping = StagingTile<128, 128, 2, 64, 6, false, kDropout>;  // 330 (Reading: 182); 128 keys spill
   using Reading = ReadingTile<128, 128, 2, 80, 6, false>;
 };
 template <>
@@ -155,6 +160,7 @@ struct ForwardTiles<192, 128> {
   using General = Dense;
   using Dropping = DroppingTile<192, 128, 2, 128, 3, false>;
   using Staging = StagingTile<192, 128, 2, 64, 6, false>;
+  using StagingDropping = StagingTile<192, 128, 2, 64, 6, false, kDropout>;
   using Reading = ReadingTile<192, 128, 2, 64, 6, false>;
 };
 template <>
@@ -167,6 +173,7 @@ struct ForwardTiles<192, 192> {
   using General = Dense;                                     // causal: 503 (2x64: 491)
   using Dropping = DroppingTile<192, 192, 2, 96, 3, false>;  // 487 (2x64: 469)
   using Staging = StagingTile<192, 192, 2, 64, 5, false>;
+  using StagingDropping = StagingTile<192, 192, 2, 64, 5, false, kDropout>;
   using Reading = ReadingTile<192, 192, 2, 64, 6, false>;
 };
 template <>
@@ -179,13 +186,25 @@ struct ForwardTiles<256, 256> {
   using General = Short;                                      // causal: 523 (with cluster 506)
   using Dropping = DroppingTile<256, 256, 2, 64, 5, false>;   // causal: 470 (with cluster 446)
   using Staging = StagingTile<256, 256, 2, 32, 6, false>;
+  using StagingDropping = StagingTile<256, 256, 2, 32, 6, false, kDropout>;
   using Reading = ReadingTile<256, 256, 2, 32, 6, false>;
 };
 
 // Scores of the first four are plain. Of the others they are general: worked out; worked out, and some dropped; with a
 // bias or a mask that comes by TMA; or with what the threads that use it read from memory, where some may be dropped
 // too.
-enum class ForwardKind { kDense, kShortDense, kLong, kShort, kGeneralDense, kGeneral, kDropping, kStaging, kReading };
+enum class ForwardKind {
+  kDense,
+  kShortDense,
+  kLong,
+  kShort,
+  kGeneralDense,
+  kGeneral,
+  kDropping,
+  kStaging,
+  kStagingDropping,
+  kReading
+};
 
 // What TMA brings of it, in tiles: a mask, or a bias of the operands' type, but not both; with a row of its own for
 // each query, and rows that begin at multiples of 16 bytes.
@@ -214,11 +233,8 @@ inline bool reads_visibility(const Problem& p) { return !is_formula(p.visibility
 
 inline ForwardKind general_kind(const Problem& p) {
   const bool drops = p.scores.dropout.seeds != nullptr;
-  if (reads_scores(p.scores)) {
-    // Beside a bias that comes by TMA, dropout leaves too few registers.
-    const bool stages = staged_scores(p) != StagedScores::kNothing && !drops;
-    return stages ? ForwardKind::kStaging : ForwardKind::kReading;
-  }
+  if (staged_scores(p) != StagedScores::kNothing) return drops ? ForwardKind::kStagingDropping : ForwardKind::kStaging;
+  if (reads_scores(p.scores)) return ForwardKind::kReading;
   if (drops) return ForwardKind::kDropping;
   return is_dense(p) && !reads_visibility(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
 }

@@ -154,6 +154,11 @@ inline void add_tiles(const Adder& adder) {
     c.mask = {2, 1, 270, 304};
     c.window.window_left = 200, c.window.window_right = 20;
   });
+  add("tile_mask_by_tma_dropping", {1, 270, 304, 2, 1, d, d}, [&](Case& c) {
+    c.mask = {1, 2, 270, 304};
+    c.dropout_steps = 30000;
+    causal(c);
+  });
   // The last tile of values is cleaned behind what the rows see.
   const auto narrow = [](Case& c) { c.window.window_left = 20, c.window.window_right = 5; };
   add("tile_window", {1, 270, 401, 2, 2, d, d}, narrow);
