@@ -163,7 +163,7 @@ def _bias_and_mask():
         name = "bias-rank-" + "x".join(map(str, shape or ("scalar",)))
         yield Case(name, t, s, bias=shape, head_dim=16)
     yield Case("bias-in-query-dtype", t, s, bias=(1, n, t, s), bias_dtype=None)
-    for shape in ((1, n, 150, 264), (b, 1, 150, 264)):  # rows that TMA can copy
+    for shape in ((1, n, 150, 264), (b, 1, 150, 264), (b, n, 1, 264)):  # rows that TMA can copy
         yield Case(
             "bias-aligned-" + "x".join(map(str, shape)), 150, 264, bias=shape, bias_dtype=None
         )
@@ -181,7 +181,8 @@ def _bias_and_mask():
         (t, s),
     ):
         yield Case("mask-" + "x".join(map(str, shape)), t, s, mask=shape, head_dim=16)
-    for shape in ((1, 1, 150, 272), (b, 1, 150, 272), (b, n, 150, 272)):  # rows that TMA can copy
+    # Rows that TMA can copy.
+    for shape in ((1, 1, 150, 272), (b, 1, 150, 272), (b, n, 150, 272), (b, 1, 1, 272)):
         yield Case("mask-aligned-" + "x".join(map(str, shape)), 150, 272, mask=shape)
     features = ends | {"local_window_size": (70, None), "logits_soft_cap": 2.0}
     yield Case("mask-aligned-lengths-cap", 150, 208, heads=4, kv_heads=2, mask=(b, 4, 150, 208),

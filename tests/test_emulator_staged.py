@@ -71,6 +71,13 @@ def test_whole_tiles_of_a_mask(dtype):
     assert not actual["key"][:, 130:135].any()
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("name", ["mask-aligned-2x1x1x272", "bias-aligned-2x2x1x264"])
+def test_backward_of_one_row_for_all_queries(name, dim):
+    case = dataclasses.replace(CASES[name], head_dim=dim, value_dim=dim)
+    check(case, DTYPES[dim % 64 == 0], family="sm90")
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("name", ["mask-aligned-2x2x150x272", "bias-aligned-1x2x150x264"])
 def test_dropout_beside_scores_that_tma_copies(name, dims):
@@ -92,10 +99,14 @@ MUTANTS = {
     "bias-given-back-while-it-is-read": (
         STAGED, "settle_loads(loaded);", "", BIASED),
     "bias-of-the-first-entry": (
-        STAGED, "tensor.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
+        READER, "tensor.batch > 1 ? batch : 0", "0", "bias-aligned-2x1x150x264"),
     "item-not-kept-for-the-bias": (
         STAGED, "arrive_for_lane(shared_address(&smem.q_free));  // the item has been read", "",
         "bias-aligned-lengths"),
+    "bias-of-other-rows": (
+        STAGED, " & a_.staged_row_mask", "", "bias-aligned-2x2x1x264"),
+    "mask-of-other-rows": (
+        STAGED, " & a_.staged_row_mask", "", "mask-aligned-2x1x1x272"),
     "mask-overwritten": (
         STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", MASKED),
     "mask-not-awaited": (
@@ -109,7 +120,7 @@ MUTANTS = {
     "mask-swizzle-of-64": (
         MATRIX, "chunk16 ^ row / (kRowBytes / kCols)", "chunk16 ^ row", MASKED_WIDE),
     "mask-of-the-first-head": (
-        STAGED, "tensor.heads > 1 ? item.head : 0", "0", MASKED),
+        READER, "tensor.heads > 1 ? head : 0", "0", MASKED),
     "mask-of-the-first-rows": (
         STAGED, "item.first_row + w * kWarpgroupRows", "item.first_row", MASKED),
     "mask-of-half-the-rows-is-all": (
@@ -131,16 +142,20 @@ MUTANTS_OF_THE_BACKWARD = {
         BACKWARD, "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);", "",
         BIASED),
     "bias-of-the-first-entry": (
-        BACKWARD, "tensor.batch > 1 ? item.batch : 0", "0", "bias-aligned-2x1x150x264"),
+        READER, "tensor.batch > 1 ? batch : 0", "0", "bias-aligned-2x1x150x264"),
     "bias-of-other-keys": (
         READER, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
         BIASED),
     "bias-forgotten": (
         "common/scores.cuh", "if (staged.adds()) staged.add(s);", "", BIASED),
     "mask-of-the-first-head": (
-        BACKWARD, "tensor.heads > 1 ? h : 0", "0", MASKED),
+        READER, "tensor.heads > 1 ? head : 0", "0", MASKED),
     "mask-of-the-first-rows": (
-        BACKWARD, "item.first_row + tile * Shape::kQ, tensor", "item.first_row, tensor", MASKED),
+        BACKWARD, "item.first_row + tile * Shape::kQ, h", "item.first_row, h", MASKED),
+    "mask-of-other-rows": (
+        READER, "lane_index()) & row_mask_", "lane_index())", "mask-aligned-2x1x1x272"),
+    "bias-of-other-rows": (
+        READER, "% 8) & row_mask_", "% 8)", "bias-aligned-2x2x1x264"),
     "mask-of-this-lane": (
         READER, "shuffle_from(visible, source),", "visible,", MASKED),
     "mask-of-even-keys": (

@@ -275,7 +275,8 @@ def test_explain_tells_what_tma_brings():
     capped = explain(bias=bias, logits_soft_cap=9.0, **dropout)
     assert "bias by TMA" in capped.schedule
     assert "read by each thread" in capped.backward_schedule
-    read = ({"mask": mask[:1]}, {"mask": mask, "bias": bias}, {"bias": bias.astype("float32")})
+    assert "mask by TMA" in schedule(mask=mask[:1])  # a row for all queries
+    read = ({"mask": mask[:, :1]}, {"mask": mask, "bias": bias}, {"bias": bias.astype("float32")})
     for scores in read:
         assert "read by each thread" in schedule(**scores)
     assert "by each thread" not in schedule()

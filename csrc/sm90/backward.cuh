@@ -249,7 +249,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       const auto staged = [&] {
         if constexpr (Shape::kStagesScores) {
           mbarrier_wait(shared_address(&smem.staged_full[slot]), at.parity);
-          return TransposedStagedReader<Element, BackwardSmem<Shape>>(a.staged,
+          return TransposedStagedReader<Element, BackwardSmem<Shape>>(a,
                                                                       shared_address(smem.staged.scores[slot].bytes));
         } else {
           return NothingStaged();

@@ -10,25 +10,21 @@ namespace jfa::sm90 {
 // The role of the warp that loads them, along all items.
 template <class Shape>
 __device__ __forceinline__ void load_staged(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
-  const ScoreTensor& tensor = staged_tensor(a.p.scores, a.staged);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
   RingPosition<Shape::kStages> at(1);
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
     const BackwardItem item = wait_for_item(smem, taken);
     if (item.first_key < 0) break;
-    const int batch = tensor.batch > 1 ? item.batch : 0;
 #pragma unroll 1
     for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
 #pragma unroll 1
       for (int tile = 0; tile < item.q_tiles; ++tile, at.advance()) {
         mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
         if (!elect_one()) continue;
-        const uint32_t to = shared_address(smem.staged.scores[at.slot].bytes);
-        const uint32_t full = shared_address(&smem.staged_full[at.slot]);
-        mbarrier_arrive_expect(full, staged_bytes<BackwardSmem<Shape>>(a.staged));
-        load_staged_tile<BackwardSmem<Shape>>(to, a.scores, full, a.staged, item.first_key,
-                                              item.first_row + tile * Shape::kQ, tensor.heads > 1 ? h : 0, batch);
+        load_staged_tile<BackwardSmem<Shape>>(a, shared_address(smem.staged.scores[at.slot].bytes),
+                                              shared_address(&smem.staged_full[at.slot]), item.first_key,
+                                              item.first_row + tile * Shape::kQ, h, item.batch);
       }
     }
     leave_item(smem, taken);

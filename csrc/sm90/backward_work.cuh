@@ -14,6 +14,7 @@ struct BackwardArguments {
   TensorMap q, k, v, d_o;
   TensorMap scores;  // what is staged
   StagedScores staged;
+  int staged_row_mask;
   Problem p;
   Gradients g;
   WorkOrder order;

@@ -40,7 +40,6 @@ struct StagedPlace {
 // The role of the warp that loads them, along all items.
 template <class Shape>
 __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
-  const ScoreTensor& tensor = staged_tensor(a.p.scores, a.staged);
   uint32_t number = 0;
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
@@ -48,7 +47,6 @@ __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSm
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) break;
     arrive_for_lane(shared_address(&smem.q_free));  // the item has been read
-    const int head = tensor.heads > 1 ? item.head : 0, batch = tensor.batch > 1 ? item.batch : 0;
     int j = first_tile(item);
 #pragma unroll 1
     for (int t = 0; t < item.key_tiles; ++t, j = next_tile<Shape>(item, j), ++number) {
@@ -57,9 +55,8 @@ __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSm
         const StagedPlace<Shape> place(a, smem, w, number);
         mbarrier_wait(place.free, (place.round + 1) % 2);
         if (!elect_one()) continue;
-        mbarrier_arrive_expect(place.full, staged_bytes<ForwardSmem<Shape>>(a.staged));
-        load_staged_tile<ForwardSmem<Shape>>(place.bytes, a.scores, place.full, a.staged, j,
-                                             item.first_row + w * kWarpgroupRows, head, batch);
+        load_staged_tile<ForwardSmem<Shape>>(a, place.bytes, place.full, j, item.first_row + w * kWarpgroupRows,
+                                             item.head, item.batch);
       }
     }
   }
@@ -152,7 +149,9 @@ class StagedReader {
   bool hides_some_ = false;
 
   // That this lane addresses for ldmatrix.
-  __device__ __forceinline__ static int row_of_lane(int warp) { return warp % 4 * 16 + lane_index() % 16; }
+  __device__ __forceinline__ int row_of_lane(int warp) const {
+    return (warp % 4 * 16 + lane_index() % 16) & a_.staged_row_mask;
+  }
   __device__ __forceinline__ StagedPlace<Shape> await_tile(int warp) {
     const StagedPlace<Shape> place(a_, smem_, warp / 4, number_++);
     mbarrier_wait(place.full, place.round % 2);

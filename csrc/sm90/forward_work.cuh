@@ -23,6 +23,7 @@ struct ForwardArguments {
   WorkOrder order;
   uint32_t* counter;  // of items drawn; 0 before and after
   StagedScores staged;
+  int staged_row_mask;
 };
 
 // One item as the roles see it: computed once, by the warp that loads.

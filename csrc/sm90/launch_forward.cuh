@@ -28,6 +28,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
     status = make_tensor_map(a.v, has_keys ? p.v : p.o, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
   if (status.ok()) status = make_tensor_map(a.o, p.o, p.type, s.value_dim, s.q_len, s.heads, s.batch, kOutputRows);
   a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
+  a.staged_row_mask = staged_row_mask(p);
   if (status.ok() && a.staged != StagedScores::kNothing) {
     status = make_staged_map(a.scores, p, kWarpgroupRows, Shape::kK);
   }

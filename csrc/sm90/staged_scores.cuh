@@ -17,30 +17,29 @@ inline Status make_staged_map(TensorMap& map, const Problem& p, int rows, int ke
   const ScoreTensor& t = is_mask ? p.scores.mask : p.scores.bias;
   const int64_t plane = int64_t(t.q_len) * t.k_len;
   const Tensor planes = {t.data, t.heads * plane, t.k_len, plane};
-  return make_tensor_map(map, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, rows, is_mask ? keys : kRowBytes);
+  return make_tensor_map(map, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, t.q_len > 1 ? rows : 1,
+                         is_mask ? keys : kRowBytes);
 }
 
-__device__ __forceinline__ const ScoreTensor& staged_tensor(const Scores& scores, StagedScores staged) {
-  return staged == StagedScores::kMask ? scores.mask : scores.bias;
-}
-
-// Of a tile, whose types are those of a kernel's picture of shared memory.
-template <class Smem>
-__device__ __forceinline__ int staged_bytes(StagedScores staged) {
-  return staged == StagedScores::kMask ? Smem::StagedMask::kBytes : Smem::StagedBias::kBytes;
-}
-
-// Loads it; one lane calls it.
-template <class Smem>
-__device__ __forceinline__ void load_staged_tile(uint32_t to, const TensorMap& map, uint32_t full, StagedScores staged,
-                                                 int key, int row, int head, int batch) {
-  if (staged == StagedScores::kMask) {
-    tma_load(to, map, full, key, row, head, batch);
+// Loads a tile, whose types are those of a kernel's picture of shared memory, and announces it to the
+// mbarrier. Head and batch entry are those of the scores. One lane calls it.
+template <class Smem, class Arguments>
+__device__ __forceinline__ void load_staged_tile(const Arguments& a, uint32_t to, uint32_t full, int key, int row,
+                                                 int head, int batch) {
+  using Bias = typename Smem::StagedBias;
+  using Mask = typename Smem::StagedMask;
+  const bool is_mask = a.staged == StagedScores::kMask;
+  const ScoreTensor& tensor = is_mask ? a.p.scores.mask : a.p.scores.bias;
+  const int bytes = is_mask ? Mask::kBytes : Bias::kBytes;
+  const int h = tensor.heads > 1 ? head : 0, b = tensor.batch > 1 ? batch : 0, i = row & a.staged_row_mask;
+  mbarrier_arrive_expect(full, a.staged_row_mask != 0 ? bytes : bytes / Bias::kRows);
+  if (is_mask) {
+    tma_load(to, a.scores, full, key, i, h, b);
     return;
   }
 #pragma unroll
-  for (int c = 0; c < Smem::StagedBias::kChunks; ++c) {
-    tma_load(to + c * Smem::StagedBias::kChunkBytes, map, full, key + c * kChunkCols, row, head, batch);
+  for (int c = 0; c < Bias::kChunks; ++c) {
+    tma_load(to + c * Bias::kChunkBytes, a.scores, full, key + c * kChunkCols, i, h, b);
   }
 }
 
@@ -50,8 +49,9 @@ template <class Element, class Smem>
 class TransposedStagedReader {
  public:
   // Call it while the product runs that makes the scores: all of a mask fits a register.
-  __device__ __forceinline__ TransposedStagedReader(StagedScores staged, uint32_t bytes)
-      : bytes_(bytes), adds_(staged == StagedScores::kBias) {
+  template <class Arguments>
+  __device__ __forceinline__ TransposedStagedReader(const Arguments& a, uint32_t bytes)
+      : bytes_(bytes), row_mask_(a.staged_row_mask), adds_(a.staged == StagedScores::kBias) {
     if (adds_) return;
     // A lane gets of each 8 queries, of rows 2t and 2t + 1 the keys 2g and 2g + 1, with g = lane / 4 and t = lane % 4.
     // The bytes of block n of 8 queries become bits n of one word: a bool is 0 or 1.
@@ -59,8 +59,8 @@ class TransposedStagedReader {
 #pragma unroll
     for (int block = 0; block < kBlocks; block += 4) {
       uint32_t pairs[4];
-      load_matrix_x4_transposed(pairs,
-                                bytes_ + Smem::StagedMask::offset_bytes(block * 8 + lane_index(), warp_index() - 4));
+      load_matrix_x4_transposed(
+          pairs, bytes_ + Smem::StagedMask::offset_bytes((block * 8 + lane_index()) & row_mask_, warp_index() - 4));
 #pragma unroll
       for (int n = 0; n < 4; ++n) visible += pairs[n] << (block + n);
     }
@@ -92,9 +92,9 @@ class TransposedStagedReader {
 #pragma unroll
     for (int block = 0; block < kBlocks; block += 2) {
       uint32_t pairs[4];  // of queries: keys g and g + 8 of this block, then of the next
-      load_matrix_x4_transposed(
-          pairs, bytes_ + Smem::StagedBias::offset_bytes(block * 8 + lane_index() / 16 * 8 + lane_index() % 8,
-                                                         2 * (warp_index() - 4) + lane_index() / 8 % 2));
+      load_matrix_x4_transposed(pairs, bytes_ + Smem::StagedBias::offset_bytes(
+                                                    (block * 8 + lane_index() / 16 * 8 + lane_index() % 8) & row_mask_,
+                                                    2 * (warp_index() - 4) + lane_index() / 8 % 2));
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float2 pair = unpack<Element>(pairs[n]);
@@ -110,6 +110,7 @@ class TransposedStagedReader {
   static_assert(kBlocks <= 8 && kBlocks % 4 == 0, "a byte has a bit for each block of 8 queries");
 
   uint32_t bytes_;
+  const int& row_mask_;
   bool adds_, hides_ = false;
   uint32_t visible_;  // of row r and column c, bit c / 2 of byte 2 r + c % 2
 };

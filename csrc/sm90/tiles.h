@@ -206,19 +206,24 @@ enum class ForwardKind {
   kReading
 };
 
-// What TMA brings of it, in tiles: a mask, or a bias of the operands' type, but not both; with a row of its own for
-// each query, and rows that begin at multiples of 16 bytes.
+// What TMA brings of it, in tiles: a mask, or a bias of the operands' type, but not both; with rows that begin at
+// multiples of 16 bytes, and end where the keys do.
 enum class StagedScores { kNothing, kBias, kMask };
 inline StagedScores staged_scores(const Problem& p) {
   const ScoreTensor &bias = p.scores.bias, &mask = p.scores.mask;
   const auto fits = [](const ScoreTensor& tensor, int keys_of_16_bytes) {
-    return tensor.q_len > 1 && tensor.k_len > 0 && tensor.k_len % keys_of_16_bytes == 0 &&
+    return tensor.k_len > 0 && tensor.k_len % keys_of_16_bytes == 0 &&
            reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
   };
   if (bias.data != nullptr && mask.data != nullptr) return StagedScores::kNothing;
   if (bias.data != nullptr && bias.type == p.type && fits(bias, 8)) return StagedScores::kBias;
   if (mask.data != nullptr && fits(mask, 16)) return StagedScores::kMask;
   return StagedScores::kNothing;
+}
+// One row for all queries is loaded as one, to the first of a tile. The number of a row is masked with this.
+inline int staged_row_mask(const Problem& p) {
+  const ScoreTensor& tensor = p.scores.mask.data != nullptr ? p.scores.mask : p.scores.bias;
+  return tensor.q_len > 1 ? -1 : 0;
 }
 
 // All query tiles see all keys.
