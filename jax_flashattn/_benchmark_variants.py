@@ -33,7 +33,8 @@ def ours(implementation: str) -> Attention:
 def features() -> dict[str, Attention]:
     """`attention` with one option each that costs something, and with none: "plain".
 
-    A bias and a mask are left out: they would be as large as the scores.
+    A bias, and a mask with a row for each query, are left out: they would be as large as the
+    scores.
     """
 
     def slopes(q):  # ALiBi's own, arXiv 2108.12409, for a power of two of heads
@@ -43,12 +44,16 @@ def features() -> dict[str, Attention]:
         ids = jnp.arange(q.shape[1]) // min(1024, max(1, q.shape[1] // 4))
         return jnp.broadcast_to(ids, q.shape[:2])
 
+    def padding(q):  # the last quarter of the keys
+        return (jnp.arange(q.shape[1]) < q.shape[1] - q.shape[1] // 4)[None, None, None]
+
     options: dict[str, Callable[[Any], dict[str, Any]]] = {
         "plain": lambda q: {},
         "soft cap": lambda q: {"logits_soft_cap": 50.0},
         "ALiBi": lambda q: {"alibi_slopes": slopes(q)},
         "dropout": lambda q: {"dropout_rate": 0.1, "dropout_key": jax.random.key(1)},
         "sinks": lambda q: {"sinks": jnp.zeros(q.shape[2], jnp.float32)},
+        "padding mask": lambda q: {"mask": padding(q)},
         "traced scale": lambda q: {"scale": jnp.float32(q.shape[3] ** -0.5)},
         "deterministic": lambda q: {"deterministic": True},
         "documents": lambda q: {

@@ -275,7 +275,7 @@ def test_features_on_a_cpu():
     header, _, row = done.stdout.split("\n\n")[-1].splitlines()[-3:]
     assert "ALiBi / plain" in header
     assert "plain / plain" not in header
-    assert len(row.split()) == 5 + 8 + 7  # the shape, speeds, and what they are of plain
+    assert len(row.split()) == 5 + 9 + 8  # the shape, speeds, and what they are of plain
 
 
 def test_default_shapes_are_all_different():
