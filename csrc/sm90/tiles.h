@@ -191,8 +191,8 @@ struct ForwardTiles<256, 256> {
 };
 
 // Scores of the first four are plain. Of the others they are general: worked out; worked out, and some dropped; with a
-// bias or a mask that comes by TMA; or with what the threads that use it read from memory, where some may be dropped
-// too.
+// bias or a mask that comes by TMA; that, and some dropped; or with what the threads that use it read from memory,
+// where some may be dropped too.
 enum class ForwardKind {
   kDense,
   kShortDense,
