@@ -91,15 +91,23 @@ STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
 BACKWARD, READER = "sm90/backward_staged.cuh", "sm90/staged_scores.cuh"
 BIASED = "bias-aligned-1x2x150x264"
 MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
-MUTANTS = {
+MUTANTS_OF_BOTH = {
+    "bias-of-the-first-entry": (
+        READER, "tensor.batch > 1 ? batch : 0", "0", "bias-aligned-2x1x150x264"),
+    "mask-of-the-first-head": (
+        READER, "tensor.heads > 1 ? head : 0", "0", MASKED),
+    "mask-forgotten": (
+        "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
+    "bias-forgotten": (
+        "common/scores.cuh", "if (staged.adds()) staged.add(s);", "", BIASED),
+}  # fmt: skip
+MUTANTS = MUTANTS_OF_BOTH | {
     "bias-overwritten": (
         STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", BIASED),
     "bias-not-awaited": (
         STAGED, "mbarrier_wait(place.full, place.round % 2);", "", BIASED),
     "bias-given-back-while-it-is-read": (
         STAGED, "settle_loads(loaded);", "", BIASED),
-    "bias-of-the-first-entry": (
-        READER, "tensor.batch > 1 ? batch : 0", "0", "bias-aligned-2x1x150x264"),
     "item-not-kept-for-the-bias": (
         STAGED, "arrive_for_lane(shared_address(&smem.q_free));  // the item has been read", "",
         "bias-aligned-lengths"),
@@ -119,8 +127,6 @@ MUTANTS = {
         MATRIX, "(chunk16 ^ row / (kRowBytes / kCols) % (kCols / 16))", "chunk16", MASKED),
     "mask-swizzle-of-64": (
         MATRIX, "chunk16 ^ row / (kRowBytes / kCols)", "chunk16 ^ row", MASKED_WIDE),
-    "mask-of-the-first-head": (
-        READER, "tensor.heads > 1 ? head : 0", "0", MASKED),
     "mask-of-the-first-rows": (
         STAGED, "item.first_row + w * kWarpgroupRows", "item.first_row", MASKED),
     "mask-of-half-the-rows-is-all": (
@@ -129,27 +135,17 @@ MUTANTS = {
         STAGED, "shuffle_from(visible_[r], source)", "visible_[r]", MASKED),
     "mask-of-the-other-half": (
         STAGED, "low >> shift & 0xffff", "low & 0xffff", MASKED),
-    "mask-forgotten": (
-        "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
 }  # fmt: skip
-
-
-MUTANTS_OF_THE_BACKWARD = {
+MUTANTS_OF_THE_BACKWARD = MUTANTS_OF_BOTH | {
     "bias-not-awaited": (
         "sm90/backward.cuh",
         "mbarrier_wait(shared_address(&smem.staged_full[slot]), at.parity);", "", BIASED),
     "bias-overwritten": (
         BACKWARD, "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);", "",
         BIASED),
-    "bias-of-the-first-entry": (
-        READER, "tensor.batch > 1 ? batch : 0", "0", "bias-aligned-2x1x150x264"),
     "bias-of-other-keys": (
         READER, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
         BIASED),
-    "bias-forgotten": (
-        "common/scores.cuh", "if (staged.adds()) staged.add(s);", "", BIASED),
-    "mask-of-the-first-head": (
-        READER, "tensor.heads > 1 ? head : 0", "0", MASKED),
     "mask-of-the-first-rows": (
         BACKWARD, "item.first_row + tile * Shape::kQ, h", "item.first_row, h", MASKED),
     "mask-of-other-rows": (
@@ -160,8 +156,6 @@ MUTANTS_OF_THE_BACKWARD = {
         READER, "shuffle_from(visible, source),", "visible,", MASKED),
     "mask-of-even-keys": (
         READER, "lane_index() / 4 % 2 == 0 ? 0x6420 : 0x7531", "0x6420", MASKED),
-    "mask-forgotten": (
-        "common/scores.cuh", "if (staged.hides()) staged.hide(s);", "", MASKED),
     "mask-of-a-part-is-none": (
         READER, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
         "any_lane(visible == 0)", BLOCKS.name),

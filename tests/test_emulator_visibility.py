@@ -163,10 +163,18 @@ ALONE = {
 }  # fmt: skip
 
 
+# The same behind so many tokens that a warp looks for them in a second round.
+FAR = {
+    "keys": (120, 2150, packed((60, 2100), (0, 20), (60, 30))),
+    "rows": (2150, 125, packed((2100, 60), (20, 0), (0, 5), (30, 60))),
+}
+
+
 def run_poisoned(kind, route, **options):
     """Both runs' results in float32: with NaN where nobody looks, and without."""
+    q_len, k_len, who = FAR[kind] if kind in FAR else (130, 300, ALONE[kind])
     for of in (Poisoned, Case):
-        case, more = on_route(of("alone", 130, 300, batch=1, options=ALONE[kind]), route)
+        case, more = on_route(of("alone", q_len, k_len, batch=1, options=who), route)
         results = kernels.run(case, "bfloat16", **more, **options)
         yield {name: x.astype(np.float32) for name, x in results.items()}
 
@@ -181,6 +189,12 @@ def test_what_nobody_sees_does_not_leak(kind, route):
             np.testing.assert_allclose(actual[name], x, rtol=0.1, atol=0.02, err_msg=name)
         else:
             np.testing.assert_array_equal(actual[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("route", ["sm90", "sm90-deterministic"])
+@pytest.mark.parametrize("kind", FAR)
+def test_what_nobody_sees_far_away_does_not_leak(kind, route):
+    test_what_nobody_sees_does_not_leak(kind, route)
 
 
 # A file below csrc, what to replace in it, by what; the route and the case that must notice.
@@ -221,9 +235,12 @@ MUTANTS = {
         "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
     "rows-not-cleaned": (
         "sm90/backward.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
-    "gaps-of-the-first-tiles": (
+    "gaps-not-looked-for": (
         "common/sequence.cuh", "x < end; x += kWarpThreads * kTableTile", "x < 0; x += 1",
         "sm90", "alone"),
+    "gaps-of-the-first-round": (
+        "common/sequence.cuh", "x += kWarpThreads * kTableTile", "x = end",
+        "sm90", "alone-far"),
     "tiles-of-the-last-sequence": (
         "sm90/work_place.cuh", "return rest + (rank - before)", "return (rank - before)",
         "sm90", "two-tiles-and-more"),
@@ -231,8 +248,9 @@ MUTANTS = {
 
 
 def run_mutant(route, name, edits):
-    if name == "alone":
-        actual, desired = run_poisoned("segments", route, edits=edits)
+    if name.startswith("alone"):
+        kind = "rows" if name == "alone-far" else "segments"
+        actual, desired = run_poisoned(kind, route, edits=edits)
         for x in desired:
             np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
     else:

@@ -170,8 +170,8 @@ __device__ __forceinline__ void narrow_to_segment(const VisibilitySmem& smem, co
   sight.exact = count == sight.of.end - sight.of.begin;
 }
 
-// `Family` keeps the families' copies apart: they are compiled for different GPUs. `counter`: becomes 0, if there is
-// one.
+// `Family` keeps the families' copies apart: they are compiled for different GPUs. `counter`, if there is one, is that
+// of the kernel that follows, and becomes 0 here: clearing it would be a launch more.
 template <class Family>
 __global__ void __launch_bounds__(kVisibilityThreads)
     prepare_visibility(const __grid_constant__ Problem p, uint32_t* counter) {

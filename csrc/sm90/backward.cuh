@@ -3,11 +3,11 @@
 //
 // Persistent blocks; an item is a key tile of one key/value head, with the query tiles that see its keys, for each
 // query head of the group in turn. Warp 0 loads: K and V of an item, then Q and dO through a ring. Warp 1 reads the
-// rows' statistics. The warpgroups that compute own 64 keys each. They compute S^T = K Q^T and dP^T = V dO^T, so that
-// P^T and dS^T come out of the accumulators as operands from registers. dS also goes through shared memory, transposed,
-// and all warpgroups together make of it the tile's part of dQ, which is added to an accumulator in device memory, in
-// the order of the registers: see backward_tiles.h. store_dq() then only scales, rounds and puts rows in order. In
-// deterministic mode there is no dQ here.
+// rows' statistics, warp 2 loads a bias or a mask that TMA can copy. The warpgroups that compute own 64 keys each. They
+// compute S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T come out of the accumulators as operands from registers.
+// dS also goes through shared memory, transposed, and all warpgroups together make of it the tile's part of dQ, which
+// is added to an accumulator in device memory, in the order of the registers: see backward_tiles.h. store_dq() then
+// only scales, rounds and puts rows in order. In deterministic mode there is no dQ here.
 #pragma once
 
 #include "common/dropout.cuh"

@@ -38,6 +38,7 @@ struct BackwardSmem {
     float delta[Shape::kQ];
   };
   using StagedBias = Tile<Shape::kQ, Shape::kK>;
+  // There is no swizzle as wide as the keys of three warpgroups, which nothing is staged for.
   using StagedMask = ByteTile<Shape::kQ, Shape::kWarpgroups == 2 ? Shape::kK : kRowBytes>;
   struct Scores {
     StagedBias scores[Shape::kStages];  // a mask takes half of it
