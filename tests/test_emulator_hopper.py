@@ -249,10 +249,10 @@ DIMS = [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)]
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("is_long", [False, True], ids=["dense", "long"])
-def test_forward_of_many_rows(dims, is_long):
-    options = {"is_causal": True, "causal_alignment": "bottom_right"} if is_long else {}
-    q_len, k_len = (70, 2100) if is_long else (300, 410)
+@pytest.mark.parametrize("kind", ["dense", "long", "long-dense"])
+def test_forward_of_many_rows(dims, kind):
+    options = {"is_causal": True, "causal_alignment": "bottom_right"} if kind == "long" else {}
+    q_len, k_len = {"dense": (300, 410), "long": (70, 2100), "long-dense": (200, 1030)}[kind]
     case = Case("many-rows", q_len, k_len, batch=1, heads=2, kv_heads=1, options=options)
     case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
     check(case, "bfloat16", family="sm90", gradients=False, multiprocessors=2)

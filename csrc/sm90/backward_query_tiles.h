@@ -66,13 +66,13 @@ struct BackwardQueryTiles<128, 128> {
 };
 template <>
 struct BackwardQueryTiles<192, 128> {
-  using Plain = BackwardQueryTile<192, 128, 2, 80, 1, 3, 2>;
+  using Plain = BackwardQueryTile<192, 128, 2, 64, 1, 4, 3>;  // 545 (80 keys: 541), causal 510 (504), with dK and dV
   using General = Plain::Seeing;
   using Reading = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
-  using Plain = BackwardQueryTile<192, 192, 2, 80, 1, 2, 2>;
+  using Plain = BackwardQueryTile<192, 192, 2, 64, 1, 3, 2>;  // 464 (80 keys: 432), causal 425 (400), with dK and dV
   using General = Plain::Seeing;
   using Reading = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
 };

@@ -54,13 +54,13 @@ struct BackwardWideTiles;
 
 template <>
 struct BackwardWideTiles<192, 128> {
-  using Plain = BackwardWideTile<192, 128, 64, 3, 1, 12>;
+  using Plain = BackwardWideTile<192, 128, 64, 3, 2, 12>;
   using General = Plain::Seeing;
   using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
-  using Plain = BackwardWideTile<192, 192, 64, 3, 1, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488)
+  using Plain = BackwardWideTile<192, 192, 64, 3, 2, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488), before clusters
   using General = BackwardWideTile<192, 192, 64, 3, 1, 6, kVisibility>;
   using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };

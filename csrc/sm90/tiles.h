@@ -125,9 +125,9 @@ struct ForwardTiles<64, 64> {
 };
 template <>
 struct ForwardTiles<96, 96> {
-  using Dense = ForwardTile<96, 96, 2, 128, 4, true, 2>;  // 581 (without cluster 561)
-  using ShortDense = Dense;
-  using Long = Dense;  // causal: 507 (484)
+  using Dense = ForwardTile<96, 96, 3, 96, 6, false, 2>;  // 593 (2x128: 573), 16k: 627 (595)
+  using Long = ForwardTile<96, 96, 2, 128, 4, true, 2>;   // causal: 507 (without cluster 484, 3x96: 480)
+  using ShortDense = Long;                                // 1k: 506 (3x96: 451)
   using Short = ForwardTile<96, 96, 2, 128, 4, true>;
   using GeneralDense = Short;                                 // 433 (cluster 437)
   using General = Short;                                      // causal: 377 (376)

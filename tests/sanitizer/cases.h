@@ -137,6 +137,7 @@ inline void add_tiles(const Adder& adder) {
   };
   const auto none = [](Case&) {};
   add("tile_dense", {1, 130, 140, 132, 2, d, d}, none);
+  add("tile_long_dense", {1, 270, 1030, 2, 1, d, d}, none);
   add("tile_short", {1, 270, 333, 2, 1, d, d}, causal);
   add("tile_long", {1, 100, 2101, 170, 2, d, d}, causal);
   add("tile_general", {1, 270, 301, 2, 1, d, d}, [&](Case& c) {
