@@ -95,10 +95,12 @@ auto with_backward_wide_tile(const Problem& p, F&& f) {
 
 inline WorkOrder backward_wide_order(const Problem& p, int key_tile) {
   const Shape& s = p.shape;
-  constexpr int64_t kSectionBytes = 32 << 20;  // of queries and output gradients
+  constexpr int64_t kSectionBytes = 8 << 20;  // of queries and output gradients: 297 at d 256, causal 1k (32 MB: 289)
+  constexpr int64_t kLeastHeads = 2;
   const int64_t heads = int64_t(s.kv_heads) * s.batch;
   const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (s.head_dim + s.value_dim) * 2;
-  return work_order(p, heads, (s.k_len + key_tile - 1) / key_tile, bytes > 0 ? kSectionBytes / bytes : heads);
+  return work_order(p, heads, (s.k_len + key_tile - 1) / key_tile,
+                    bytes > 0 ? std::max(kSectionBytes / bytes, kLeastHeads) : heads);
 }
 
 }  // namespace jfa::sm90
