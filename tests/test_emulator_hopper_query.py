@@ -94,23 +94,26 @@ def test_order_of_threads_does_not_matter():
         np.testing.assert_array_equal(runs[0]["query"], other["query"])
 
 
-# What to replace in backward_query.cuh, by what, and the case that must notice.
+KERNEL, LOADER = "sm90/backward_query.cuh", "sm90/backward_query_load.cuh"
+# File, what to replace in it, by what, and the case that must notice.
 MUTANTS = {
-    "no-wait-for-rows": ("if (first) mbarrier_wait(", "if (false) mbarrier_wait(", "dense-1x1"),
+    "no-wait-for-rows": (
+        KERNEL, "if (first) mbarrier_wait(", "if (false) mbarrier_wait(", "dense-1x1"),
     "values-released-early": (
+        KERNEL,
         "wgmma_wait<0>();\n    if constexpr (kGeneral) dp.settle_all();  // as the scores above\n"
         "    release(v_free", "release(v_free", "dense-1000x1000"),
     "no-fence-after-cleaning": (
-        "      fence_async_shared();\n      arrive_for_warp(full);",
+        LOADER, "      fence_async_shared();\n      arrive_for_warp(full);",
         "      arrive_for_warp(full);", "lengths-key"),
-    "sums-of-two-items": ("accumulate = !first;", "accumulate = true;", "gqa-6-3-causal"),
+    "sums-of-two-items": (KERNEL, "accumulate = !first;", "accumulate = true;", "gqa-6-3-causal"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_caught(mutant):
-    old, new, name = MUTANTS[mutant]
-    edits = (("sm90/backward_query.cuh", old, new),)
+    *edit, name = MUTANTS[mutant]
+    edits = (tuple(edit),)
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(CASES[name], "bfloat16", **ROUTE, multiprocessors=1, seed=seed, edits=edits)

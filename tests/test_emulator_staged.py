@@ -8,6 +8,7 @@ from cases import CASES, Case
 from emulator.emulator import why_unavailable
 from test_emulator import DTYPES, check
 from test_emulator_hopper import DIMS
+from test_emulator_hopper_wide import CLUSTER_DIMS, POISONED_SHORT, check_poisoned
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
@@ -23,15 +24,18 @@ def test_forward_of_scores_that_tma_copies(dims, scores):
     check(case, "float16", family="sm90", gradients=False, multiprocessors=2)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    ("dims", "deterministic"), [(d, False) for d in DIMS[:3]] + [(d, True) for d in DIMS], ids=str
+)
 @pytest.mark.parametrize("scores", ["bias", "mask"])
-def test_backward_of_scores_that_tma_copies(dim, scores):
-    """The same of the backward that owns keys."""
+def test_backward_of_scores_that_tma_copies(dims, deterministic, scores):
+    """The same of the kernels of the backward."""
     options = {"is_causal": True, "causal_alignment": "bottom_right", "logits_soft_cap": 3.0}
     case = Case(f"{scores}-by-tma", 290, 272, batch=1, heads=2, kv_heads=1, bias_dtype=None,
-                options=options, head_dim=dim, value_dim=dim - 24,
+                options=options, head_dim=dims[0], value_dim=dims[1] - 24,
                 **{scores: (1, 2, 290, 272)})  # fmt: skip
-    check(case, DTYPES[dim % 64 != 0], family="sm90", multiprocessors=2)
+    check(case, DTYPES[dims[0] % 64 != 0], family="sm90", deterministic=deterministic,
+          multiprocessors=2)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +68,36 @@ def test_whole_tiles_of_a_mask(dtype):
     actual = check(BLOCKS, dtype, family="sm90", gradients=False, multiprocessors=2)
     assert np.isneginf(actual["lse"][:, :, 32:48]).all()
     assert not actual["out"][:, 32:48].any()
-    actual = check(
-        dataclasses.replace(BLOCKS, hidden=100.0), dtype, family="sm90", multiprocessors=2
-    )
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 192), CLUSTER_DIMS], ids=str)
+def test_gradients_of_whole_tiles_of_a_mask(dims):
+    case = dataclasses.replace(BLOCKS, hidden=100.0, head_dim=dims[0], value_dim=dims[1])
+    actual = check(case, DTYPES[dims[0] % 128 == 0], family="sm90", multiprocessors=4,
+                   deterministic=dims[0] > 64)  # fmt: skip
     assert not actual["query"][:, 32:48].any()
     assert not actual["key"][:, 130:135].any()
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dims", [(192, 128), CLUSTER_DIMS], ids=["blocks", "clusters"])
+def test_what_nobody_sees_does_not_leak_beside_a_mask(dims):
+    case = dataclasses.replace(POISONED_SHORT, head_dim=dims[0], value_dim=dims[1], k_len=304,
+                               mask=(3, 1, 40, 304))  # fmt: skip
+    check_poisoned(case, multiprocessors=4)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("name", ["mask-aligned-2x1x1x272", "bias-aligned-2x2x1x264"])
-def test_backward_of_one_row_for_all_queries(name, dim):
-    case = dataclasses.replace(CASES[name], head_dim=dim, value_dim=dim)
-    check(case, DTYPES[dim % 64 == 0], family="sm90")
+def test_backward_of_one_row_for_all_queries(name, dims):
+    case = dataclasses.replace(CASES[name], head_dim=dims[0], value_dim=dims[1])
+    check(case, DTYPES[dims[0] % 64 == 0], family="sm90", deterministic=name.startswith("mask"))
+
+
+@pytest.mark.parametrize("dims", [(128, 128), CLUSTER_DIMS], ids=str)
+def test_sink_tokens_beside_a_mask(dims):
+    case = dataclasses.replace(CASES["sink-tokens-70-of-5"], k_len=400, head_dim=dims[0],
+                               value_dim=dims[1], mask=(2, 2, 150, 400))  # fmt: skip
+    check(case, "bfloat16", family="sm90", deterministic=True)
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -83,11 +105,12 @@ def test_backward_of_one_row_for_all_queries(name, dim):
 def test_dropout_beside_scores_that_tma_copies(name, dims):
     options = {"dropout_rate": 0.3, "is_causal": True, "causal_alignment": "bottom_right"}
     case = dataclasses.replace(CASES[name], head_dim=dims[0], value_dim=dims[1], options=options)
-    check(case, DTYPES[dims[0] % 64 != 0], family="sm90", gradients=dims[0] <= 128)
+    check(case, DTYPES[dims[0] % 64 != 0], family="sm90", deterministic=name.startswith("mask"))
 
 
 # File, what to replace in it, by what, and the case that must notice.
 STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
+QUERY = "sm90/backward_query.cuh"
 BACKWARD, READER = "sm90/backward_staged.cuh", "sm90/staged_scores.cuh"
 BIASED = "bias-aligned-1x2x150x264"
 MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
@@ -160,6 +183,17 @@ MUTANTS_OF_THE_BACKWARD = MUTANTS_OF_BOTH | {
         READER, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
         "any_lane(visible == 0)", BLOCKS.name),
 }  # fmt: skip
+# Of dQ by recomputation.
+MUTANTS_OF_OTHER_KERNELS = {
+    "bias-not-asked-for": (
+        128, QUERY, "rule.apply_staged(s, at, rows, slopes, staged);", "", BIASED),
+    "mask-not-awaited": (
+        128, QUERY, "    staged.load_ahead();\n", "", MASKED),
+    "bias-overwritten": (
+        128, STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", BIASED),
+    "mask-given-back-while-it-is-read": (
+        128, STAGED, "settle_loads(loaded);", "", MASKED),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -173,3 +207,13 @@ def test_mutant_is_caught(mutant, gradients):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(case, "bfloat16", seed=seed, edits=((file, old, new),), family="sm90",
                   gradients=gradients, multiprocessors=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_OTHER_KERNELS)
+def test_mutant_of_another_kernel_is_caught(mutant):
+    dim, file, old, new, name = MUTANTS_OF_OTHER_KERNELS[mutant]
+    case = dataclasses.replace(CASES[name], head_dim=dim, value_dim=dim)
+    for seed in range(3):
+        with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
+            check(case, "bfloat16", seed=seed, edits=((file, old, new),), family="sm90",
+                  deterministic=True, multiprocessors=1)  # fmt: skip

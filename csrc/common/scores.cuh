@@ -139,12 +139,11 @@ struct ScoreRule {
   // The same where nothing is read from memory, but from tiles in shared memory: staged.add(), where staged.adds(),
   // adds a bias to scores in log2 units; staged.hide(), where staged.hides(), applies a mask. Rows are RowsLookedUp or
   // RowsKept. What the rows do not see is left to hide_rows().
-  template <int kRows, int kCols, class Rows, class Staged>
+  template <int kRows, int kCols, class Rows, class Slopes, class Staged>
   __device__ __forceinline__ void apply_staged(Fragment<kRows, kCols>& s, const Position<>& at, const Rows& rows,
-                                               Staged& staged) const {
+                                               Slopes& slopes, Staged& staged) const {
     if constexpr (kGeneral) {
-      NoSlopes none;
-      scale_and_cap(s, none);
+      scale_and_cap(s, slopes);
       if (staged.adds()) staged.add(s);
       if (scores.alibi_slopes.data != nullptr) add_alibi(s, at, rows);
       if (staged.hides()) staged.hide(s);

@@ -200,15 +200,15 @@ __device__ __forceinline__ void compute_backward_bias(const BackwardBiasArgument
     }
     s.settle_all();  // or the compiler looks at the scores before they have been waited for
     const Rule rule(a.p.scores, steps.b, steps.h);
+    NoSlopes none;
     if constexpr (Shape::kReadsScores) {
-      NoSlopes none;
       rule.template apply<true>(s, Position<>(row, key), Sequence(a.p, steps.b), true, none);
     } else {
       const KeptBias<Shape> kept{a, smem};
       const Position<> at(row, key);
       const Sequence sequence(a.p, steps.b);
       const RowsLookedUp rows{sequence, at};
-      rule.apply_staged(s, at, rows, kept);
+      rule.apply_staged(s, at, rows, none, kept);
       if (!whole) Rule::hide_rows(s, at, sequence, rows);
     }
     if (whole) {

@@ -1,164 +1,20 @@
 // dQ in a fixed order of summation, Hopper family:  dQ = scale sum over key tiles of dS K,
 //   dS = P (dO V^T - delta),   P = exp(S - lse) recomputed.
 //
-// Persistent blocks, built like the forward: warp 0 loads by TMA, and numbers the work; the warpgroups that compute own
-// 64 query rows each, and take turns at issuing. In its turn a warpgroup issues dQ += dS(t-1) K(t-1), S(t) = Q K' and
-// dP(t) = dO V'; it computes dS(t) under the products of the others. Between two items nothing changes but Q and dO:
-// the old dQ is stored under the new item's first scores.
+// Persistent blocks, built like the forward: warp 0 loads by TMA, and numbers the work; warp 1 loads a bias or a mask
+// that TMA can copy, as forward_staged.cuh has it; the warpgroups that compute own 64 query rows each, and take turns
+// at issuing. In its turn a warpgroup issues dQ += dS(t-1) K(t-1), S(t) = Q K' and dP(t) = dO V'; it computes dS(t)
+// under the products of the others. Between two items nothing changes but Q and dO: the old dQ is stored under the new
+// item's first scores.
 #pragma once
 
 #include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
+#include "sm90/backward_query_load.cuh"
 #include "sm90/forward_store.cuh"
-#include "sm90/forward_work.cuh"
 
 namespace jfa::sm90 {
-
-struct BackwardQueryArguments {
-  TensorMap q, d_o, k, v;
-  Problem p;
-  Gradients g;
-  WorkOrder order;
-  uint32_t* counter;  // of items drawn; 0 before
-};
-
-template <class Shape>
-struct BackwardQuerySmem {
-  struct Rows {  // of one warpgroup
-    Tile<kWarpgroupRows, Shape::kHeadDim> q;
-    Tile<kWarpgroupRows, Shape::kValueDim> d_o;
-  };
-  using Keys = Tile<Shape::kK, Shape::kHeadDim>;
-  using Values = Tile<Shape::kK, Shape::kValueDim>;
-
-  Rows rows[Shape::kQueryPlaces][Shape::kWarpgroups];
-  Keys k[Shape::kKeyPlaces];
-  Values v[Shape::kValuePlaces];
-  alignas(8) uint64_t item_ready[kItems];
-  uint64_t rows_full[Shape::kQueryPlaces][Shape::kWarpgroups];
-  uint64_t rows_free[Shape::kQueryPlaces][Shape::kWarpgroups];
-  uint64_t k_full[Shape::kKeyPlaces], k_free[Shape::kKeyPlaces];
-  uint64_t v_full[Shape::kValuePlaces], v_free[Shape::kValuePlaces];
-  uint64_t landed;  // a tile of K that has to be cleaned before it is full
-  alignas(kItemBytes) unsigned char items[kItems][kItemBytes];
-};
-
-// The role of the warp that loads.
-template <class Shape>
-__device__ __forceinline__ void load_backward_query(const BackwardQueryArguments& a, BackwardQuerySmem<Shape>& smem) {
-  using Smem = BackwardQuerySmem<Shape>;
-  using Rows = typename Smem::Rows;
-  using Keys = typename Smem::Keys;
-  using Values = typename Smem::Values;
-  const uint32_t landed = shared_address(&smem.landed);
-  RingPosition<Shape::kQueryPlaces> rows_at(1);
-  RingPosition<Shape::kKeyPlaces> k_at(1);
-  RingPosition<Shape::kValuePlaces> v_at(1);
-  uint32_t landed_parity = 0;
-  unsigned published = 0;
-
-  // All chunks of a tile; one lane calls it.
-  const auto load_chunks = [](auto& tile, const TensorMap& map, uint32_t mbarrier, int row, int head, int batch) {
-    using Tile = std::remove_reference_t<decltype(tile)>;
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; ++c) {
-      tma_load(shared_address(tile.bytes) + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, row, head, batch);
-    }
-  };
-  const auto load_rows = [&](const ForwardItem& item) {
-#pragma unroll
-    for (int w = 0; w < Shape::kWarpgroups; ++w) {
-      const uint32_t full = shared_address(&smem.rows_full[rows_at.slot][w]);
-      Rows& rows = smem.rows[rows_at.slot][w];
-      mbarrier_wait(shared_address(&smem.rows_free[rows_at.slot][w]), rows_at.parity);
-      if (elect_one()) {
-        const int row = item.first_row + w * kWarpgroupRows;
-        mbarrier_arrive_expect(full, sizeof(Rows));
-        load_chunks(rows.q, a.q, full, row, item.head, item.batch);
-        load_chunks(rows.d_o, a.d_o, full, row, item.head, item.batch);
-      }
-    }
-    rows_at.advance();
-  };
-  // Rows of K that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN. Of V
-  // they may stay: their dP is masked.
-  const auto load_keys = [&](int j, const Interval& keys, int head, const ForwardItem& item) {
-    const uint32_t full = shared_address(&smem.k_full[k_at.slot]);
-    Keys& k = smem.k[k_at.slot];
-    const Sequence sequence = sequence_of<Shape>(a.p, item);
-    const int sinks = sequence.sink_keys();
-    // Past the tensor TMA writes zeros.
-    const bool clean = looks_past<Shape::kK>(keys, sinks, key_alignment(a.p.scores), j, a.p.shape.k_len) ||
-                       sequence.has_unseen_keys(j, j + Shape::kK);
-    const uint32_t arrived = clean ? landed : full;
-    mbarrier_wait(shared_address(&smem.k_free[k_at.slot]), k_at.parity);
-    if (elect_one()) {
-      mbarrier_arrive_expect(arrived, Keys::kBytes);
-      load_chunks(k, a.k, arrived, j, head, item.batch);
-    }
-    if (clean) {
-      mbarrier_wait(landed, landed_parity);
-      landed_parity ^= 1;
-      clean_rows<Keys>(shared_address(k.bytes),
-                       [&](int row) { return looks_at(keys, sinks, j + row) && sequence.is_seen(j + row); });
-      fence_async_shared();
-      arrive_for_warp(full);
-    }
-    k_at.advance();
-  };
-  const auto load_values = [&](int j, int head, int batch) {
-    const uint32_t full = shared_address(&smem.v_full[v_at.slot]);
-    mbarrier_wait(shared_address(&smem.v_free[v_at.slot]), v_at.parity);
-    if (elect_one()) {
-      mbarrier_arrive_expect(full, Values::kBytes);
-      load_chunks(smem.v[v_at.slot], a.v, full, j, head, batch);
-    }
-    v_at.advance();
-  };
-  const auto publish = [&](const ForwardItem& item) {
-    if (lane_index() == 0) {
-      store_item(item_address(smem, published), item);
-      mbarrier_arrive(shared_address(&smem.item_ready[published % kItems]));
-    }
-    warp_barrier();
-    ++published;
-  };
-
-  int number = block_index();
-  Interval keys{};
-  ForwardItem item{};
-  if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
-#pragma unroll 1
-  while (number < a.order.items) {
-    // The next item is drawn late: one drawn early would wait while other blocks have nothing.
-    int drawn = 0;
-    const int draw_tile = max(item.key_tiles - 2, 1);
-    const auto draw = [&] {
-      if (!a.order.drawn || lane_index() != 0) return;
-      drawn = grid_blocks() + int(increment_global(a.counter, a.order.items - 1));
-    };
-    const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
-    publish(item);
-    int j = first_tile(item);
-    load_keys(j, keys, kv_head, item);
-    load_rows(item);
-#pragma unroll 1
-    for (int t = 1; t < item.key_tiles; ++t) {
-      if (t == draw_tile) draw();
-      load_values(j, kv_head, item.batch);
-      j = next_tile<Shape>(item, j);
-      load_keys(j, keys, kv_head, item);
-    }
-    if (item.key_tiles == 1) draw();
-    // The next item is worked out before the last load, which has to wait for its place anyway.
-    number = a.order.drawn ? int(broadcast(drawn)) : number + grid_blocks();
-    const int last_batch = item.batch;
-    if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
-    load_values(j, kv_head, last_batch);
-  }
-  publish(ForwardItem{-1, 0, 0, 0, 0, 0, 0, 0});
-}
 
 // D = A B' of one warpgroup, A [64, kDim] and B [kRows, kDim]: the products are issued, not waited for.
 template <class Element, int kDim, int kRows>
@@ -247,6 +103,8 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   bool accumulate = false;         // whether dQ has a term of its item already
   uint32_t ds[Shape::kK / 16][4];  // as operand A
   Fragment<2, Shape::kHeadDim / 4> dq;
+  using Staged = StagedReader<Element, BackwardQueryArguments, Smem>;
+  std::conditional_t<Shape::kStagesScores, Staged, NothingStaged> staged(a, smem);
   dq.clear();
 
   // Waits for the next item; false: there is none.
@@ -278,8 +136,15 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   const auto apply_rule = [&](Fragment<2, kScoreCols>& s, bool hides, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
-    rule.template apply<Shape::kReadsScores>(s, Position<>(item.first_row + (warp_index() - 4) * 16, j),
-                                             sequence_of<Shape>(a.p, item), hides, slopes);
+    const Position<> at(item.first_row + (warp_index() - 4) * 16, j);
+    const Sequence sequence = sequence_of<Shape>(a.p, item);
+    if constexpr (Shape::kStagesScores) {
+      const RowsLookedUp rows{sequence, at};
+      rule.apply_staged(s, at, rows, slopes, staged);
+      if (hides) rule.hide_rows(s, at, sequence, rows);
+    } else {
+      rule.template apply<Shape::kReadsScores>(s, at, sequence, hides, slopes);
+    }
   };
   const auto store = [&](unsigned number) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, number));
@@ -314,6 +179,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
                                                         v + v_at.slot * kValuesPlace);
     pass_turn();
     if (first) begin_rows();
+    staged.load_ahead();
 
     wgmma_wait<2>();
     if (last_k_slot >= 0) release(k_free + 8 * last_k_slot);
@@ -383,6 +249,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_query(const __gri
       mbarrier_init(shared_address(&smem.v_full[place]), 1);
       mbarrier_init(shared_address(&smem.v_free[place]), Shape::kWarpgroups);
     }
+    if constexpr (Shape::kStagesScores) init_staged_places(smem);
     mbarrier_init(shared_address(&smem.landed), 1);
     mbarrier_init_fence();
   }
@@ -390,6 +257,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_query(const __gri
   if (warp_index() < 4) {
     shrink_registers<Shape::kLoadRegisters>();
     if (warp_index() == 0) load_backward_query<Shape>(a, smem);
+    if constexpr (Shape::kStagesScores) {
+      if (warp_index() == 1) load_staged<Shape>(a, smem);
+    }
   } else {
     grow_registers<Shape::kComputeRegisters>();
     compute_backward_query<Element, Shape, kGeneral>(a, smem);

@@ -36,11 +36,17 @@ struct BackwardQueryTile : TileReads<kReads> {
 
   static constexpr int kWideHeadDim = (kHeadDim + 63) / 64 * 64;  // in shared memory, in whole chunks of 64 columns
   static constexpr int kWideValueDim = (kValueDim + 63) / 64 * 64;
+  static constexpr int kStagedBytes = TileReads<kReads>::kStagesScores ? 2 * kQ * ((kK + 63) / 64 * 64) : 0;
   static constexpr int kBarrierBytes = 1024;
   static constexpr int kSharedBytes = 2 * kQueryPlaces * kQ * (kWideHeadDim + kWideValueDim) +
                                       2 * kK * (kKeyPlaces * kWideHeadDim + kValuePlaces * kWideValueDim) +
-                                      kBarrierBytes;
+                                      kStagedBytes + kBarrierBytes;
 };
+
+// Some may be dropped too; without that a bias would be 4 % faster (d 128).
+template <int kHeadDim, int kValueDim, int kK, int kQueryPlaces, int kKeyPlaces, int kValuePlaces>
+using StagingQueryTile = BackwardQueryTile<kHeadDim, kValueDim, 2, kK, kQueryPlaces, kKeyPlaces, kValuePlaces,
+                                           kVisibility | kStagedScores | kAnyDropout>;
 
 // For each pair of head dim and value dim. With general scores a thread holds its part of a tile's bias as well.
 template <int kHeadDim, int kValueDim>
@@ -50,36 +56,42 @@ template <>
 struct BackwardQueryTiles<64, 64> {
   using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;
   using General = Plain::Seeing;
+  using Staging = StagingQueryTile<64, 64, 96, 2, 3, 3>;
   using Reading = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<96, 96> {
   using Plain = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2>;
   using General = Plain::Seeing;
+  using Staging = StagingQueryTile<96, 96, 96, 1, 2, 2>;
   using Reading = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<128, 128> {
   using Plain = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2>;
   using General = Plain::Seeing;
+  using Staging = StagingQueryTile<128, 128, 96, 1, 2, 2>;
   using Reading = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 128> {
   using Plain = BackwardQueryTile<192, 128, 2, 64, 1, 4, 3>;  // 545 (80 keys: 541), causal 510 (504), with dK and dV
   using General = Plain::Seeing;
+  using Staging = StagingQueryTile<192, 128, 64, 1, 3, 2>;
   using Reading = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
   using Plain = BackwardQueryTile<192, 192, 2, 64, 1, 3, 2>;  // 464 (80 keys: 432), causal 425 (400), with dK and dV
   using General = Plain::Seeing;
+  using Staging = StagingQueryTile<192, 192, 64, 1, 2, 2>;
   using Reading = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<256, 256> {
   using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;
   using General = BackwardQueryTile<256, 256, 2, 48, 1, 2, 2, kVisibility>;
+  using Staging = StagingQueryTile<256, 256, 48, 1, 2, 1>;
   using Reading = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
 };
 
@@ -89,6 +101,7 @@ template <int kHeadDim, class F>
 auto with_backward_query_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardQueryTiles<kHeadDim, value_dim.value>;
+    if (staged_scores(p) != StagedScores::kNothing) return f(Type<typename Tiles::Staging>{}, std::true_type{});
     // Larger tiles spill with dropout in them.
     if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});

@@ -146,7 +146,7 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
       const WorkOrder order = forward_order(p, decltype(tile)::type::kQ);
       add_kernel(tile, "dQ by query tiles");
-      plan.schedule += ", " + describe(order, order.drawn);
+      plan.schedule += ", " + describe(order, order.drawn) + describe_scores<typename decltype(tile)::type>(p);
     });
   }
   if (g.d_bias.data == nullptr) return;

@@ -46,7 +46,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   Fragment<2, Shape::kValueDim / 4> o;
   using Kept = uint32_t[Shape::kK / 16][2];  // of dropout
   ScoreWords<kScoreCols> ahead;              // of bias and mask
-  std::conditional_t<Shape::kStagesScores, StagedReader<Element, Shape>, NothingStaged> staged(a, smem);
+  using Staged = StagedReader<Element, ForwardArguments, ForwardSmem<Shape>>;
+  std::conditional_t<Shape::kStagesScores, Staged, NothingStaged> staged(a, smem);
   LaggingSoftmax<2> softmax(ScoreRule<kGeneral>::factor_of(a.p.scores));
   o.clear();
 
@@ -138,8 +139,9 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     const bool whole = rule.is_whole(unmasked, j, j + Shape::kK);
     const auto item = [&] { return load_item<ForwardItem>(item_address(smem, taken - 1)); };
     const Position<> at(first_row, j);
+    NoSlopes none;
     if constexpr (kKeepsRows) {
-      rule.apply_staged(s, at, rows, staged);
+      rule.apply_staged(s, at, rows, none, staged);
       if (!whole) {
         rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows);
         if constexpr (!kGeneral) s.settle_all();  // or every tile's scores are copied, beside the branch
@@ -149,7 +151,6 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       rule.begin(now.batch, now.head);
       const Sequence sequence = sequence_of<Shape>(a.p, now);
       if constexpr (Shape::kReadsScores) {
-        NoSlopes none;
         rule.apply(s, at, sequence, whole, ahead, none);
         if (const int next = next_tile<Shape>(now, j); next < end) {
           rule.load_ahead(ahead, Position<>(first_row, next), sequence,
@@ -157,7 +158,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         }
       } else {
         const RowsLookedUp looked_up{sequence, at};
-        rule.apply_staged(s, at, looked_up, staged);
+        rule.apply_staged(s, at, looked_up, none, staged);
         if (!whole) rule.hide_rows(s, at, sequence, looked_up);
       }
     }

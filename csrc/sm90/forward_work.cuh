@@ -46,12 +46,11 @@ struct ForwardSmem {
   using Output = Tile<kOutputRows, Shape::kValueDim>;
   using StagedBias = Tile<kWarpgroupRows, Shape::kK>;
   using StagedMask = ByteTile<kWarpgroupRows, Shape::kK>;
-  using StagedTile = StagedBias;
   struct Outputs {
     Output output[Shape::kWarpgroups * 4];  // of each warp
   };
   struct Scores {
-    StagedTile scores[Shape::kWarpgroups];
+    StagedBias scores[Shape::kWarpgroups];
   };
   struct NoOutputs {};
   struct NoScores {};

@@ -31,9 +31,13 @@ struct Tile {
   }
 };
 
+// The narrowest swizzle that rows of so many bytes fit.
+constexpr int swizzled_bytes(int bytes) { return bytes <= 32 ? 32 : bytes <= 64 ? 64 : 128; }
+
 // The same of bytes, one chunk: rows of kCols bytes, with the swizzle of as many.
-template <int kRows, int kCols>
+template <int kRows, int kCols_>
 struct ByteTile {
+  static constexpr int kCols = kCols_;
   static constexpr int kBytes = kRows * kCols;
   static_assert(kCols == 32 || kCols == 64 || kCols == 128, "there are swizzles of 32, 64 and 128 bytes");
 

@@ -10,6 +10,9 @@
 
 namespace jfa::sm90 {
 
+// In place of what is staged, in pictures of shared memory that have none.
+struct NoScores {};
+
 // Host: boxes of `rows` queries, of a bias 64 keys, of a mask `keys` of them. Call it where staged_scores() has
 // something.
 inline Status make_staged_map(TensorMap& map, const Problem& p, int rows, int keys) {

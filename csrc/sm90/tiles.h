@@ -20,6 +20,7 @@ enum Reads : unsigned {
   kScoreTensors = 2,  // a bias or a mask, from device memory
   kStagedScores = 4,  // a bias or a mask that TMA copies to shared memory
   kDropout = 8,       // the seeds of dropout, which there always is; with kScoreTensors there may be
+  kAnyDropout = 16,   // those of dropout, which there may be
 };
 template <unsigned kReads>
 struct TileReads {
@@ -27,7 +28,7 @@ struct TileReads {
   static constexpr bool kReadsScores = kReads & kScoreTensors;
   static constexpr bool kStagesScores = kReads & kStagedScores;
   static constexpr bool kDrops = kReads & kDropout;
-  static constexpr bool kMayDrop = kDrops || kReadsScores;
+  static constexpr bool kMayDrop = kDrops || kReadsScores || (kReads & kAnyDropout);
   static constexpr bool kCaps = !kDrops;  // in a backward: the derivatives of a soft cap are kept
 };
 
