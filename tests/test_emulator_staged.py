@@ -8,7 +8,7 @@ from cases import CASES, Case
 from emulator.emulator import why_unavailable
 from test_emulator import DTYPES, check
 from test_emulator_hopper import DIMS
-from test_emulator_hopper_wide import CLUSTER_DIMS, POISONED_SHORT, check_poisoned
+from test_emulator_hopper_wide import POISONED_SHORT, check_poisoned
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
@@ -70,7 +70,7 @@ def test_whole_tiles_of_a_mask(dtype):
     assert not actual["out"][:, 32:48].any()
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 192), CLUSTER_DIMS], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 192), (256, 256)], ids=str)
 def test_gradients_of_whole_tiles_of_a_mask(dims):
     case = dataclasses.replace(BLOCKS, hidden=100.0, head_dim=dims[0], value_dim=dims[1])
     actual = check(case, DTYPES[dims[0] % 128 == 0], family="sm90", multiprocessors=4,
@@ -79,7 +79,7 @@ def test_gradients_of_whole_tiles_of_a_mask(dims):
     assert not actual["key"][:, 130:135].any()
 
 
-@pytest.mark.parametrize("dims", [(192, 128), CLUSTER_DIMS], ids=["blocks", "clusters"])
+@pytest.mark.parametrize("dims", [(192, 128), (256, 256)], ids=str)
 def test_what_nobody_sees_does_not_leak_beside_a_mask(dims):
     case = dataclasses.replace(POISONED_SHORT, head_dim=dims[0], value_dim=dims[1], k_len=304,
                                mask=(3, 1, 40, 304))  # fmt: skip
@@ -93,7 +93,7 @@ def test_backward_of_one_row_for_all_queries(name, dims):
     check(case, DTYPES[dims[0] % 64 == 0], family="sm90", deterministic=name.startswith("mask"))
 
 
-@pytest.mark.parametrize("dims", [(128, 128), CLUSTER_DIMS], ids=str)
+@pytest.mark.parametrize("dims", [(128, 128), (256, 256)], ids=str)
 def test_sink_tokens_beside_a_mask(dims):
     case = dataclasses.replace(CASES["sink-tokens-70-of-5"], k_len=400, head_dim=dims[0],
                                value_dim=dims[1], mask=(2, 2, 150, 400))  # fmt: skip
@@ -110,7 +110,8 @@ def test_dropout_beside_scores_that_tma_copies(name, dims):
 
 # File, what to replace in it, by what, and the case that must notice.
 STAGED, MATRIX = "sm90/forward_staged.cuh", "sm90/shared_matrix.cuh"
-QUERY = "sm90/backward_query.cuh"
+QUERY, WIDE = "sm90/backward_query.cuh", "sm90/backward_wide.cuh"
+WIDE_LOADER = "sm90/backward_wide_load.cuh"
 BACKWARD, READER = "sm90/backward_staged.cuh", "sm90/staged_scores.cuh"
 BIASED = "bias-aligned-1x2x150x264"
 MASKED, MASKED_WIDE = "mask-aligned-2x2x150x272", "mask-aligned-dim-160"
@@ -183,7 +184,7 @@ MUTANTS_OF_THE_BACKWARD = MUTANTS_OF_BOTH | {
         READER, "any_lane(visible != 0x01010101u * ((1u << kBlocks) - 1))",
         "any_lane(visible == 0)", BLOCKS.name),
 }  # fmt: skip
-# Of dQ by recomputation.
+# Of dQ by recomputation, and of dK and dV of wide heads.
 MUTANTS_OF_OTHER_KERNELS = {
     "bias-not-asked-for": (
         128, QUERY, "rule.apply_staged(s, at, rows, slopes, staged);", "", BIASED),
@@ -193,6 +194,19 @@ MUTANTS_OF_OTHER_KERNELS = {
         128, STAGED, "mbarrier_wait(place.free, (place.round + 1) % 2);", "", BIASED),
     "mask-given-back-while-it-is-read": (
         128, STAGED, "settle_loads(loaded);", "", MASKED),
+    "wide-bias-overwritten": (
+        192, WIDE_LOADER, "mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);", "",
+        BIASED),
+    "wide-bias-given-back-while-it-is-read": (192, WIDE, "staged.settle();", "", BIASED),
+    "wide-mask-not-awaited": (
+        192, WIDE, "1 + kWarpThreads + Shape::kStagesScores", "1 + kWarpThreads", MASKED),
+    "wide-mask-of-the-first-rows": (
+        192, WIDE_LOADER, "item.first_key, row,", "item.first_key, item.first_row,", MASKED),
+    "wide-item-not-kept": (
+        192, WIDE, "(9 + Shape::kStagesScores) * kWarpThreads", "9 * kWarpThreads", MASKED),
+    "slopes-in-a-place-in-use": (
+        192, WIDE, "mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);\n        slopes",
+        "slopes", "mask-aligned-lengths-cap"),
 }  # fmt: skip
 
 

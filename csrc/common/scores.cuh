@@ -173,7 +173,7 @@ struct ScoreRule {
   template <int kRows, int kCols, class Slopes, class Staged>
   __device__ __forceinline__ void apply_staged_transposed(Fragment<kRows, kCols>& s, const Position<>& at,
                                                           const Sequence& sequence, bool hides, Slopes& slopes,
-                                                          const Staged& staged) const {
+                                                          Staged& staged) const {
     scale_and_cap(s, slopes);
     if (staged.adds()) staged.add(s);
     if (scores.alibi_slopes.data != nullptr) add_alibi_transposed(s, at, sequence);

@@ -246,7 +246,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);
       issue_scores_transposed<Element, Shape>(dp, v_rows, d_o + slot * kQueryPlace);
 
-      const auto staged = [&] {
+      auto staged = [&] {
         if constexpr (Shape::kStagesScores) {
           mbarrier_wait(shared_address(&smem.staged_full[slot]), at.parity);
           return TransposedStagedReader<Element, BackwardSmem<Shape>>(a,

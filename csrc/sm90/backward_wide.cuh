@@ -2,8 +2,9 @@
 // registers together:  dV = P^T dO,  dK = scale dS^T Q  with  P = 2^(S factor - lse),  dS = P (dO V^T - delta).
 //
 // Persistent blocks. An item is a tile of 64 keys of one head: it passes over the query tiles that see the keys, for
-// each query head of the group in turn. Two warps load, one Q (and K once an item), one dO (and V). Two warpgroups
-// compute, both transposed, so that the operands they make stay in registers:
+// each query head of the group in turn. Two warps load, one Q (and K once an item), one dO (and V); a third loads a
+// bias or a mask that TMA can copy. Two warpgroups compute, both transposed, so that the operands they make stay in
+// registers:
 //   the values'  S^T = K Q^T,    P^T from it, dV += P^T dO
 //   the keys'    dP^T = V dO^T,  dS^T from it and from P^T, which the values' gives it through shared memory,
 //                dK += dS^T Q
@@ -39,6 +40,21 @@ __device__ __forceinline__ void store_key_gradient(const BackwardWideItem& item,
   const float factors[2] = {factor, factor};
   store_rows<Element>(x, factors, to, item.batch, item.head, row, length, dim);
 }
+
+// CapSlopes of a thread, for want of registers where its probabilities will lie, in each four's 16 bytes.
+struct SlopesInPlace {
+  uint32_t place;
+
+  __device__ __forceinline__ void keep(int r, int c, float tanh, float next) const {
+    store_shared_32(address(r, c), pack<__half>(one_minus_square(tanh), one_minus_square(next)));
+  }
+  __device__ __forceinline__ float2 at(int r, int c) const { return unpack<__half>(load_shared_32(address(r, c))); }
+
+ private:
+  __device__ __forceinline__ uint32_t address(int r, int c) const {
+    return place + (c / 4 * 2 + r) * kWarpgroupThreads * 16 + c % 4 * 2;
+  }
+};
 
 // The role of a warpgroup that computes: of the values (S, P and dV) or of the keys (dP, dS and dK).
 template <class Element, class Shape, bool kGeneral, bool kOfValues>
@@ -79,13 +95,16 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     steps = broadcast(item.tiles * group);
     return true;
   };
+  // Registers are short where scores are staged; uniform ones are left.
+  const auto uniform = [](int x) { return Shape::kStagesScores ? int(broadcast(x)) : x; };
   // What the elements of the item that was taken last begin with.
   const auto begin_item = [&] {
     if constexpr (!kOfValues) return;
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
     unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(item.first_key, item.first_key + Shape::kKeys);
-    row = first_tile_row(a, item);
-    head = item.head * group;
+    unmasked = {uniform(unmasked.begin), uniform(unmasked.end)};
+    row = uniform(first_tile_row(a, item));
+    head = uniform(item.head) * group;
     tile = 0;
   };
   const auto next_row = [&] {
@@ -93,7 +112,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     row += Shape::kQ;
     if (++tile * group < steps) return;
     const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
-    row = first_tile_row(a, item);
+    row = uniform(first_tile_row(a, item));
     tile = 0;
     ++head;
   };
@@ -126,6 +145,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const auto issue_first = [&](Fragment<2, Shape::kQ / 4>& s) {
     if constexpr (kGeneral) s.clear();  // as in backward.cuh: a branch changes it
     mbarrier_wait(first.full + 8 * first_at.slot, first_at.parity);
+    // Or the descriptor of each step would be kept, in two registers.
+    const uint32_t resident_now = Shape::kStagesScores ? broadcast(opaque(resident)) : resident;
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < First::kDim / 16; ++step) {
@@ -135,7 +156,7 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       if (step < kHeld) {
         Wgmma<Shape::kQ>::template rs<Element, false>(s.v, held[step], rows, step != 0);
       } else {
-        const uint64_t keys = descriptor_at(resident, step / 4 * First::Resident::kChunkBytes + within);
+        const uint64_t keys = descriptor_at(resident_now, step / 4 * First::Resident::kChunkBytes + within);
         Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, keys, rows, step != 0);
       }
     }
@@ -159,8 +180,9 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
            (p_at.slot * Shape::kQ / 8 * kWarpgroupThreads + thread_index() % kWarpgroupThreads) * 16;
   };
   // What they become on the way: of a soft cap, times its derivative.
-  const auto give = [&](const Fragment<2, Shape::kQ / 4>& p, const CapSlopes<2, Shape::kQ / 4>& slopes) {
-    mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);
+  using Slopes = std::conditional_t<Shape::kStagesScores, SlopesInPlace, CapSlopes<2, Shape::kQ / 4>>;
+  const auto give = [&](const Fragment<2, Shape::kQ / 4>& p, const Slopes& slopes) {
+    if constexpr (!Shape::kStagesScores) mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);
     const uint32_t to = p_address();
 #pragma unroll
     for (int n = 0; n < Shape::kQ / 8; ++n) {
@@ -189,18 +211,36 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       p.v[n % 2][c + 3] = x.w;
     }
   };
+  // What is staged for the current step. Call it while the first product runs.
+  const auto read_staged = [&] {
+    if constexpr (Shape::kStagesScores && kOfValues) {
+      return TransposedStagedReader<Element, BackwardWideSmem<Shape>, true>(
+          a, shared_address(smem.scores[first_at.slot].bytes));
+    } else {
+      return NothingStaged();
+    }
+  };
   // The finished first product becomes P^T or dS^T, and its stage is given back.
-  const auto work_on_elements = [&](Fragment<2, Shape::kQ / 4>& s) {
+  const auto work_on_elements = [&](Fragment<2, Shape::kQ / 4>& s, auto& staged) {
     s.settle_all();  // or the compiler looks at the elements before their product has been waited for
     const uint32_t statistics = first.statistics + (first_at.slot * Shape::kQ + lane_index() % 4 * 2) * 4;
     if constexpr (kOfValues) {
-      CapSlopes<2, Shape::kQ / 4> slopes;  // of general scores
+      Slopes slopes;  // of general scores
+      if constexpr (Shape::kStagesScores) {
+        mbarrier_wait(p_free + 8 * p_at.slot, p_at.parity);
+        slopes.place = p_address();
+      }
       const bool hides = ScoreRule<kGeneral>::template may_hide<Shape::kReadsScores>(unmasked, row, row + Shape::kQ);
       if (kGeneral || hides) {
         const BackwardWideItem item = load_item<BackwardWideItem>(item_address(item_at.slot));
         const ScoreRule<kGeneral> rule(a.p.scores, item.batch, head);
-        rule.template apply_transposed<Shape::kReadsScores>(s, Position<>(item.first_key + warp_index() % 4 * 16, row),
-                                                            sequence_of<Shape>(a.p, item), hides, slopes);
+        const Position<> at(item.first_key + warp_index() % 4 * 16, row);
+        if constexpr (Shape::kStagesScores) {
+          rule.apply_staged_transposed(s, at, sequence_of<Shape>(a.p, item), hides, slopes, staged);
+          staged.settle();
+        } else {
+          rule.template apply_transposed<Shape::kReadsScores>(s, at, sequence_of<Shape>(a.p, item), hides, slopes);
+        }
       }
       const float factor = ScoreRule<kGeneral>::factor_of(a.p.scores);
       if (hides) {
@@ -247,9 +287,10 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     take_resident();
     issue_first(s);
     begin_item();
+    auto staged = read_staged();
     wgmma_wait<0>();
     if (steps == 1) release_resident();
-    work_on_elements(s);
+    work_on_elements(s, staged);
     to_operand<Element>(operand, s);
   }
 #pragma unroll 1
@@ -261,9 +302,10 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       issue_first(s);
       issue_second(accumulate);
       accumulate = true;
+      auto staged = read_staged();
       wgmma_wait<1>();
       if (n + 1 == steps) release_resident();
-      work_on_elements(s);
+      work_on_elements(s, staged);
       wgmma_wait<0>();
       release_second();
       to_operand<Element>(operand, s);
@@ -286,9 +328,10 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
       wgmma_wait<1>();
       release_second();
       store(done);
+      auto staged = read_staged();
       wgmma_wait<0>();
       if (steps == 1) release_resident();
-      work_on_elements(s);
+      work_on_elements(s, staged);
       to_operand<Element>(operand, s);
     }
   }
@@ -301,10 +344,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
   if (thread_index() == 0) {
     for (int n = 0; n < kBackwardWideItems; ++n) {
       mbarrier_init(shared_address(&smem.item_full[n]), 1);
-      // Each lane that computes, or of the second warp that loads; in the first block of a cluster also the other's
-      // warp of queries.
+      // Each lane that computes, or of the warps that load but the first; in the first block of a cluster also the
+      // other's warp of queries.
       const bool draws_for_other = Shape::kCluster > 1 && cluster_rank() == 0;
-      mbarrier_init(shared_address(&smem.item_free[n]), 9 * kWarpThreads + draws_for_other);
+      mbarrier_init(shared_address(&smem.item_free[n]), (9 + Shape::kStagesScores) * kWarpThreads + draws_for_other);
       mbarrier_init(shared_address(&smem.drawn_ready[n]), 1);
     }
     mbarrier_init(shared_address(&smem.k_full), 1);
@@ -312,7 +355,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
     mbarrier_init(shared_address(&smem.k_free), 4);
     mbarrier_init(shared_address(&smem.v_free), 4);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
-      mbarrier_init(shared_address(&smem.q_full[stage]), 1 + kWarpThreads);  // the rows and their statistics
+      // The rows and their statistics, and what is staged.
+      mbarrier_init(shared_address(&smem.q_full[stage]), 1 + kWarpThreads + Shape::kStagesScores);
       mbarrier_init(shared_address(&smem.d_o_full[stage]), 1 + kWarpThreads);
       mbarrier_init(shared_address(&smem.q_landed[stage]), 1);
       mbarrier_init(shared_address(&smem.d_o_landed[stage]), 1);
@@ -336,6 +380,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
     shrink_registers<Shape::kLoadRegisters>();
     if (warp == 0) load_stream<Shape, true>(a, smem);
     if (warp == 1) load_stream<Shape, false>(a, smem);
+    if constexpr (Shape::kStagesScores) {
+      if (warp == 2) load_staged<Shape>(a, smem);
+    }
   } else {
     grow_registers<Shape::kComputeRegisters>();
     if (warp < 8) {

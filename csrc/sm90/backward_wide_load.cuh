@@ -144,4 +144,31 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
   }
 }
 
+// The role of the warp that loads a bias or a mask: of each tile of queries the part of this block's keys.
+template <class Shape>
+__device__ __forceinline__ void load_staged(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
+  const int group = a.p.shape.heads / a.p.shape.kv_heads;
+  RingPosition<Shape::kStages> at(1);
+  RingPosition<kBackwardWideItems> item_at(0);
+#pragma unroll 1
+  for (;; item_at.advance()) {
+    mbarrier_wait(shared_address(&smem.item_full[item_at.slot]), item_at.parity);
+    const BackwardWideItem item = load_item<BackwardWideItem>(shared_address(smem.items[item_at.slot]));
+    arrive_for_lane(shared_address(&smem.item_free[item_at.slot]));
+    if (item.first_key < 0) break;
+#pragma unroll 1
+    for (int head = item.head * group; head < (item.head + 1) * group; ++head) {
+      int row = first_tile_row(a, item);
+#pragma unroll 1
+      for (int tile = 0; tile < item.tiles; ++tile, row += Shape::kQ, at.advance()) {
+        mbarrier_wait(shared_address(&smem.q_free[at.slot]), at.parity);
+        if (!elect_one()) continue;
+        load_staged_tile<BackwardWideSmem<Shape>>(a, shared_address(smem.scores[at.slot].bytes),
+                                                  shared_address(&smem.q_full[at.slot]), item.first_key, row, head,
+                                                  item.batch);
+      }
+    }
+  }
+}
+
 }  // namespace jfa::sm90

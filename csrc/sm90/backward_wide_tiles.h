@@ -42,9 +42,15 @@ struct BackwardWideTile : TileReads<kReads> {
   static constexpr int kTileBytes = 2 * (kKeys + kStages * kQ) * (kHeadDim + kValueDim);
   static constexpr int kProbabilityBytes = kPlaces * kKeys * kQ * 4;
   static constexpr int kStatisticBytes = 2 * kStages * kQ * 4;
+  static constexpr int kStagedBytes = TileReads<kReads>::kStagesScores ? 2 * kStages * kQ * kKeys : 0;
   static constexpr int kBarrierBytes = 1024;  // with the items
-  static constexpr int kSharedBytes = kTileBytes + kProbabilityBytes + kStatisticBytes + kBarrierBytes;
+  static constexpr int kSharedBytes = kTileBytes + kProbabilityBytes + kStatisticBytes + kStagedBytes + kBarrierBytes;
 };
+
+// Some may be dropped too.
+template <int kHeadDim, int kValueDim, int kQ, int kStages, int kCluster, int kHeldSteps>
+using StagingWideTile =
+    BackwardWideTile<kHeadDim, kValueDim, kQ, kStages, kCluster, kHeldSteps, kVisibility | kStagedScores | kAnyDropout>;
 
 // For each pair of head dim and value dim. Figures are TFLOP/s of the kernel's own four products on an H200, 16384
 // tokens x 2048 columns in all, against the next best tile tried. General scores of 64 rows spill while they read a
@@ -56,12 +62,14 @@ template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 2, 12>;
   using General = Plain::Seeing;
+  using Staging = StagingWideTile<192, 128, 64, 3, 1, 0>;
   using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 2, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488), before clusters
   using General = BackwardWideTile<192, 192, 64, 3, 1, 6, kVisibility>;
+  using Staging = StagingWideTile<192, 192, 32, 5, 1, 4>;  // bias: 358 (64 queries, 2 stages: 315)
   using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
@@ -70,6 +78,7 @@ struct BackwardWideTiles<256, 256> {
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
   using General = BackwardWideTile<256, 256, 32, 4, 2, 8, kVisibility>;
+  using Staging = StagingWideTile<256, 256, 32, 4, 1, 0>;  // bias: 399 (cluster 395), causal 383 (374)
   using Reading = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 
@@ -79,6 +88,7 @@ template <int kHeadDim, class F>
 auto with_backward_wide_tile(const Problem& p, F&& f) {
   const auto with_value_dim = [&](auto value_dim) {
     using Tiles = BackwardWideTiles<kHeadDim, value_dim.value>;
+    if (staged_scores(p) != StagedScores::kNothing) return f(Type<typename Tiles::Staging>{}, std::true_type{});
     // Larger tiles spill with dropout in them.
     if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});

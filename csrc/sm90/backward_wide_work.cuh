@@ -6,6 +6,7 @@
 #include "sm90/backward_wide_tiles.h"
 #include "sm90/pipeline.cuh"
 #include "sm90/shared_matrix.cuh"
+#include "sm90/staged_scores.cuh"
 #include "sm90/work_place.cuh"
 
 namespace jfa::sm90 {
@@ -16,6 +17,9 @@ struct BackwardWideArguments {
   Gradients g;
   WorkOrder order;
   uint32_t* counter;  // of items drawn; 0 before
+  TensorMap scores;   // what is staged
+  StagedScores staged;
+  int staged_row_mask;
 };
 
 // Computed once, by the warp that loads the queries. The rows are those that see some key of the cluster's tiles; an
@@ -31,7 +35,14 @@ constexpr int kBackwardWideItems = 2;  // published at a time: the one in work a
 constexpr int kBackwardWideItemWords = 8;
 
 template <class Shape>
-struct BackwardWideSmem {
+struct BackwardWideScores {
+  Tile<Shape::kQ, Shape::kKeys> scores[Shape::kStages];  // a mask takes half of a place
+};
+
+template <class Shape>
+struct BackwardWideSmem : std::conditional_t<Shape::kStagesScores, BackwardWideScores<Shape>, NoScores> {
+  using StagedBias = Tile<Shape::kQ, Shape::kKeys>;
+  using StagedMask = ByteTile<Shape::kQ, Shape::kKeys>;
   Tile<Shape::kKeys, Shape::kHeadDim> k;
   Tile<Shape::kKeys, Shape::kValueDim> v;
   Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages];
@@ -42,7 +53,7 @@ struct BackwardWideSmem {
   alignas(16) uint32_t items[kBackwardWideItems][kBackwardWideItemWords];
   uint64_t item_full[kBackwardWideItems], item_free[kBackwardWideItems];
   uint64_t k_full, k_free, v_full, v_free;
-  uint64_t q_full[Shape::kStages], q_free[Shape::kStages];
+  uint64_t q_full[Shape::kStages], q_free[Shape::kStages];  // with the queries, what is staged
   uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
   uint64_t p_full[Shape::kPlaces], p_free[Shape::kPlaces];
   // Of tiles of which rows have to be cleaned before they are full. One for each stage: the other block of a cluster

@@ -47,15 +47,20 @@ __device__ __forceinline__ void load_staged_tile(const Arguments& a, uint32_t to
 }
 
 // What a warp reads of a tile at `bytes`, its 16 keys: ScoreRule adds the bias, or hides by the mask. For those whose
-// fragments are transposed, with keys as rows. The tile may be given back after a fence.
-template <class Element, class Smem>
+// fragments are transposed, with keys as rows. kAhead: a bias is read ahead too. The tile may be given back after a
+// fence, or settle().
+template <class Element, class Smem, bool kAhead = false>
 class TransposedStagedReader {
  public:
   // Call it while the product runs that makes the scores: all of a mask fits a register.
   template <class Arguments>
   __device__ __forceinline__ TransposedStagedReader(const Arguments& a, uint32_t bytes)
       : bytes_(bytes), row_mask_(a.staged_row_mask), adds_(a.staged == StagedScores::kBias) {
-    if (adds_) return;
+    if (adds_) {
+#pragma unroll
+      for (int n = 0; kAhead && n < kBlocks / 2; ++n) load_pairs(2 * n, pairs_[n]);
+      return;
+    }
     // A lane gets of each 8 queries, of rows 2t and 2t + 1 the keys 2g and 2g + 1, with g = lane / 4 and t = lane % 4.
     // The bytes of block n of 8 queries become bits n of one word: a bool is 0 or 1.
     uint32_t visible = 0;
@@ -91,13 +96,12 @@ class TransposedStagedReader {
   }
 
   template <int kCols>
-  __device__ __forceinline__ void add(Fragment<2, kCols>& s) const {
+  __device__ __forceinline__ void add(Fragment<2, kCols>& s) {
 #pragma unroll
     for (int block = 0; block < kBlocks; block += 2) {
-      uint32_t pairs[4];  // of queries: keys g and g + 8 of this block, then of the next
-      load_matrix_x4_transposed(pairs, bytes_ + Smem::StagedBias::offset_bytes(
-                                                    (block * 8 + lane_index() / 16 * 8 + lane_index() % 8) & row_mask_,
-                                                    2 * (warp_index() - 4) + lane_index() / 8 % 2));
+      uint32_t (&pairs)[4] = pairs_[kAhead ? block / 2 : 0];
+      if (!kAhead) load_pairs(block, pairs);
+      visible_ ^= pairs[0];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float2 pair = unpack<Element>(pairs[n]);
@@ -108,14 +112,26 @@ class TransposedStagedReader {
     }
   }
 
+  // Waits until all is read.
+  __device__ __forceinline__ void settle() const { settle_loads(visible_); }
+
  private:
   static constexpr int kBlocks = Smem::StagedBias::kRows / 8;
   static_assert(kBlocks <= 8 && kBlocks % 4 == 0, "a byte has a bit for each block of 8 queries");
 
+  // Of queries: keys g and g + 8 of this block of 8, then of the next.
+  __device__ __forceinline__ void load_pairs(int block, uint32_t (&pairs)[4]) const {
+    load_matrix_x4_transposed(pairs, bytes_ + Smem::StagedBias::offset_bytes(
+                                                  (block * 8 + lane_index() / 16 * 8 + lane_index() % 8) & row_mask_,
+                                                  2 * (warp_index() - 4) + lane_index() / 8 % 2));
+  }
+
   uint32_t bytes_;
   const int& row_mask_;
+  uint32_t pairs_[kAhead ? kBlocks / 2 : 1][4];  // of a bias
   bool adds_, hides_ = false;
-  uint32_t visible_;  // of row r and column c, bit c / 2 of byte 2 r + c % 2
+  // Of a mask: of row r and column c, bit c / 2 of byte 2 r + c % 2. Of a bias: made of a register of each load.
+  uint32_t visible_ = 0;
 };
 
 // Stands for a StagedReader in kernels to which TMA brings neither.

@@ -225,6 +225,16 @@ inline void add_gradients(const Adder& add) {
   });
   add("grad_capped", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.soft_cap = 0.7f, c.window.window_right = 0; });
   add("grad_dropping", {1, 150, 200, 2, 1, d, d}, [](Case& c) { c.dropout_steps = 50000, c.window.window_right = 0; });
+  add("grad_bias_by_tma", {1, 150, 200, 4, 2, d, d}, [](Case& c) {
+    c.bias = {1, 4, 150, 200};
+    c.bias_type = c.type;
+    c.soft_cap = 0.7f;
+  });
+  add("grad_mask_by_tma", {2, 150, 208, 2, 1, d, d == 192 ? 128 : d}, [](Case& c) {
+    c.mask = {2, 1, 150, 208};
+    c.dropout_steps = 30000;
+    c.window.window_right = 0;
+  });
   // Tiles of the gradient: several along both axes, some without a step, rows of odd length; and more of them than an
   // H200 has pairs of multiprocessors.
   add("grad_bias", {3, 300, 201, 4, 2, d, d}, [](Case& c) {
