@@ -146,8 +146,7 @@ inline WorkOrder backward_order(const Problem& p, int k_tile) {
   const Shape& s = p.shape;
   const int64_t heads = int64_t(s.kv_heads) * s.batch, tiles = (s.k_len + k_tile - 1) / k_tile;
   const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (6 * s.head_dim + 2 * s.value_dim);
-  const int64_t least = tiles > 0 ? (kLeastItems + tiles - 1) / tiles : 1;
-  return work_order(p, heads, tiles, bytes > 0 ? std::max(kSectionBytes / bytes, least) : heads);
+  return work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, kLeastItems);
 }
 
 }  // namespace jfa::sm90

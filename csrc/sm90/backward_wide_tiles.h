@@ -48,9 +48,9 @@ struct BackwardWideTile : TileReads<kReads> {
 };
 
 // Some may be dropped too.
-template <int kHeadDim, int kValueDim, int kQ, int kStages, int kCluster, int kHeldSteps>
+template <int kHeadDim, int kValueDim, int kQ, int kStages, int kHeldSteps>
 using StagingWideTile =
-    BackwardWideTile<kHeadDim, kValueDim, kQ, kStages, kCluster, kHeldSteps, kVisibility | kStagedScores | kAnyDropout>;
+    BackwardWideTile<kHeadDim, kValueDim, kQ, kStages, 1, kHeldSteps, kVisibility | kStagedScores | kAnyDropout>;
 
 // For each pair of head dim and value dim. Figures are TFLOP/s of the kernel's own four products on an H200, 16384
 // tokens x 2048 columns in all, against the next best tile tried. General scores of 64 rows spill while they read a
@@ -62,14 +62,14 @@ template <>
 struct BackwardWideTiles<192, 128> {
   using Plain = BackwardWideTile<192, 128, 64, 3, 2, 12>;
   using General = Plain::Seeing;
-  using Staging = StagingWideTile<192, 128, 64, 3, 1, 0>;
+  using Staging = StagingWideTile<192, 128, 64, 3, 0>;
   using Reading = BackwardWideTile<192, 128, 32, 8, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardWideTiles<192, 192> {
   using Plain = BackwardWideTile<192, 192, 64, 3, 2, 12>;  // 4k: 603 (held 0: 572), causal: 567 (488), before clusters
   using General = BackwardWideTile<192, 192, 64, 3, 1, 6, kVisibility>;
-  using Staging = StagingWideTile<192, 192, 32, 5, 1, 4>;  // bias: 358 (64 queries, 2 stages: 315)
+  using Staging = StagingWideTile<192, 192, 32, 5, 4>;  // bias: 358 (64 queries, 2 stages: 315)
   using Reading = BackwardWideTile<192, 192, 32, 6, 1, 0, kVisibility | kScoreTensors>;
 };
 template <>
@@ -78,7 +78,7 @@ struct BackwardWideTiles<256, 256> {
   // Held 0: 447, 531, 570; without a cluster 437, 513, 540.
   using Plain = BackwardWideTile<256, 256, 32, 4, 2, 12>;
   using General = BackwardWideTile<256, 256, 32, 4, 2, 8, kVisibility>;
-  using Staging = StagingWideTile<256, 256, 32, 4, 1, 0>;  // bias: 399 (cluster 395), causal 383 (374)
+  using Staging = StagingWideTile<256, 256, 32, 4, 0>;  // bias: 399 (cluster 395), causal 383 (374)
   using Reading = BackwardWideTile<256, 256, 32, 4, 1, 0, kVisibility | kScoreTensors>;
 };
 

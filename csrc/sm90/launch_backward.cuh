@@ -40,9 +40,7 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
       status =
           make_tensor_map(a.d_o, has_queries ? g.d_o : p.v, p.type, s.value_dim, s.q_len, s.heads, s.batch, Shape::kQ);
     }
-    a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
-    a.staged_row_mask = staged_row_mask(p);
-    if (status.ok() && a.staged != StagedScores::kNothing) status = make_staged_map(a.scores, p, Shape::kQ, Shape::kK);
+    if (status.ok()) status = stage_scores<Shape>(a, p, Shape::kQ, Shape::kK);
     if (!status.ok()) return status;
     const int64_t workers = std::min(a.order.items, std::max(multiprocessors, 1));
     status = launch("jax_flashattn sm90 backward", backward<Element, Shape, kGeneral>,

@@ -29,11 +29,7 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   if (status.ok()) status = map(a.d_o, g.d_o, s.value_dim, s.q_len, s.heads, kWarpgroupRows);
   if (status.ok()) status = map(a.k, has_keys ? p.k : p.q, s.head_dim, s.k_len, s.kv_heads, Shape::kK);
   if (status.ok()) status = map(a.v, has_keys ? p.v : g.d_o, s.value_dim, s.k_len, s.kv_heads, Shape::kK);
-  a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
-  a.staged_row_mask = staged_row_mask(p);
-  if (status.ok() && a.staged != StagedScores::kNothing) {
-    status = make_staged_map(a.scores, p, kWarpgroupRows, Smem::StagedMask::kCols);
-  }
+  if (status.ok()) status = stage_scores<Shape>(a, p, kWarpgroupRows, Smem::StagedMask::kCols);
   if (!status.ok()) return status;
   const int64_t blocks = std::min(a.order.items, std::max(multiprocessors, 1));
   if (a.order.items <= blocks) a.order.drawn = false;  // one for each

@@ -29,9 +29,7 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
         make_tensor_map(a.d_o, has_queries ? g.d_o : p.v, p.type, s.value_dim, s.q_len, s.heads, s.batch, Shape::kQ);
   if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
   if (status.ok()) status = make_tensor_map(a.v, p.v, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
-  a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
-  a.staged_row_mask = staged_row_mask(p);
-  if (status.ok() && a.staged != StagedScores::kNothing) status = make_staged_map(a.scores, p, Shape::kQ, Shape::kKeys);
+  if (status.ok()) status = stage_scores<Shape>(a, p, Shape::kQ, Shape::kKeys);
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   return launch("jax_flashattn sm90 backward_wide", backward_wide<Element, Shape, kGeneral>,

@@ -27,11 +27,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (status.ok())
     status = make_tensor_map(a.v, has_keys ? p.v : p.o, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
   if (status.ok()) status = make_tensor_map(a.o, p.o, p.type, s.value_dim, s.q_len, s.heads, s.batch, kOutputRows);
-  a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
-  a.staged_row_mask = staged_row_mask(p);
-  if (status.ok() && a.staged != StagedScores::kNothing) {
-    status = make_staged_map(a.scores, p, kWarpgroupRows, Shape::kK);
-  }
+  if (status.ok()) status = stage_scores<Shape>(a, p, kWarpgroupRows, Shape::kK);
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before

@@ -13,14 +13,18 @@ namespace jfa::sm90 {
 // In place of what is staged, in pictures of shared memory that have none.
 struct NoScores {};
 
-// Host: boxes of `rows` queries, of a bias 64 keys, of a mask `keys` of them. Call it where staged_scores() has
-// something.
-inline Status make_staged_map(TensorMap& map, const Problem& p, int rows, int keys) {
-  const bool is_mask = staged_scores(p) == StagedScores::kMask;
+// Host: says in the arguments of a kernel what is staged, if its tile stages scores and the call has some: in boxes of
+// `rows` queries, of a bias 64 keys, of a mask `keys` of them.
+template <class Shape, class Arguments>
+Status stage_scores(Arguments& a, const Problem& p, int rows, int keys) {
+  a.staged = Shape::kStagesScores ? staged_scores(p) : StagedScores::kNothing;
+  a.staged_row_mask = staged_row_mask(p);
+  if (a.staged == StagedScores::kNothing) return Status::Ok();
+  const bool is_mask = a.staged == StagedScores::kMask;
   const ScoreTensor& t = is_mask ? p.scores.mask : p.scores.bias;
   const int64_t plane = int64_t(t.q_len) * t.k_len;
   const Tensor planes = {t.data, t.heads * plane, t.k_len, plane};
-  return make_tensor_map(map, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, t.q_len > 1 ? rows : 1,
+  return make_tensor_map(a.scores, planes, t.type, t.k_len, t.q_len, t.heads, t.batch, t.q_len > 1 ? rows : 1,
                          is_mask ? keys : kRowBytes);
 }
 

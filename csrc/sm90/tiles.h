@@ -280,18 +280,16 @@ inline WorkOrder forward_order(const Problem& p, int q_tile) {
     order.batch_fastest = largest.data != nullptr && largest.batch == 1 && largest.heads > 1;
     return order;
   }
-  // Keys and values of a section: with 32 MB instead, 2 to 5 % less at d 64 and 128, and at d 256 up to 2048 tokens;
+  // Keys and values of a section: with 32 MB instead, 1 to 5 % less at d 64 and 128, and at d 256 up to 2048 tokens;
   // all heads at once cost 3 to 10 %. Fewer than four sequences leave too few items of each length to balance (5 % at d
   // 256, 16384 keys), fewer than 96 items too few for the multiprocessors (4 % at d 256, 4096 keys).
   constexpr int64_t kSectionBytes = 12 << 20;
   constexpr int64_t kLeastSequences = 4, kLeastItems = 96;
   const int64_t kv_bytes = int64_t(p.shape.k_len) * (p.shape.head_dim + p.shape.value_dim) * 2;
   const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / std::max(p.shape.kv_heads, 1)) : heads;
-  const auto heads_of = [](int64_t number, int64_t of_head) { return (number + of_head - 1) / of_head; };
   const int64_t sequences = std::max(p.visibility.sequences, 1);
-  const int64_t least =
-      std::max(heads_of(kLeastSequences, sequences), heads_of(kLeastItems, std::max<int64_t>(tiles, 1)));
-  WorkOrder order = work_order(p, heads, tiles, std::max(fit, least));
+  const int64_t least = (kLeastSequences + sequences - 1) / sequences;
+  WorkOrder order = work_order(p, heads, tiles, std::max(fit, least), kLeastItems);
   order.drawn = true;
   return order;
 }

@@ -27,8 +27,8 @@ struct WorkOrder {
   bool drawn = false;          // from a counter, by whichever block is free; otherwise dealt out in turn
 };
 
-// `fit`: heads that stay in the L2 together.
-inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int64_t fit) {
+// `fit`: heads that stay in the L2 together. A section has at least `least_items`.
+inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int64_t fit, int64_t least_items = 1) {
   constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200
   WorkOrder order;
   order.tiles = static_cast<int>(tiles);
@@ -37,7 +37,7 @@ inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int6
   if (order.items == 0) return order;
   if (p.visibility.sequences > 1 && p.visibility.window_right < p.shape.k_len)
     order.sequence_tiles = static_cast<int>((tiles + p.visibility.sequences - 1) / p.visibility.sequences);
-  const int64_t section = std::min(std::max<int64_t>(fit, 1), heads);
+  const int64_t section = std::min(std::max(fit, (least_items + tiles - 1) / tiles), heads);
   const int64_t last = std::min(std::max(section, (kEvenItems + tiles - 1) / tiles), heads);
   order.section_heads = static_cast<int>(section);
   order.sections = static_cast<int>((heads - last) / section);
