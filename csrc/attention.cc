@@ -92,7 +92,7 @@ Status choose_family(const std::string& name, const Device& device, Family& fami
 
 Status finish_plan(const Problem& p, const Family& family, const Device& device, Plan& plan) {
   plan.family = family.hopper ? "sm90" : "sm80";
-  plan.why = family.why + (is_general(p) ? "; general scores" : "; plain scores");
+  plan.why = family.why + (is_general(p.scores) ? "; general scores" : "; plain scores");
   if (needs_table(p.visibility)) plan.schedule += "; before it who sees whom, as a table in scratch";
   if (plan.shared_memory_bytes > device.shared_memory_bytes) {
     return Status::Unimplemented(

@@ -128,8 +128,6 @@ struct Problem {
   Visibility visibility;
 };
 
-inline bool is_general(const Problem& p) { return is_general(p.scores) || p.visibility.q_segments != nullptr; }
-
 constexpr int kBackwardCounters = 4;  // two are used; the clearing kernel writes 16 bytes at a time
 
 struct Gradients {

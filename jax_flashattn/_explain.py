@@ -114,7 +114,6 @@ def _why(plan: _ffi.Plan, operands, options: _options.Options) -> str:
         "logits_soft_cap": options.soft_cap is not None,
         "alibi_slopes": operands.alibi_slopes is not None,
         "dropout": operands.dropout_seeds is not None,
-        "segment ids": operands.query_segment_ids is not None,
     }
     names = ", ".join(name for name, is_there in found.items() if is_there)
     return f"{family}; {scores} ({names})"

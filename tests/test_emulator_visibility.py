@@ -82,6 +82,29 @@ def test_lengths(lengths, route):
     check(case, "bfloat16", **options)
 
 
+# Ids of runs and their tokens: a warp looks for its tokens' run together, in blocks of 128 of which
+# some are mixed, and each token by itself where an id comes back, or is in many of them.
+RUNS = {
+    "runs": ([3, -1, 7, 5, 2**31 - 1, 0], [100, 60, 200, 1, 39, 300]),
+    "runs-short": (range(26), [27] * 26),
+    "runs-come-back": ([1, 2, 1, 9, 2, 4], [150, 100, 140, 30, 20, 200]),
+    "runs-interleaved": ([0, 1, 2] * 200, [1] * 600),
+}
+
+
+def of_runs(name):
+    ids = np.repeat(*map(np.asarray, RUNS[name]))
+    options = {"query_segment_ids": (ids[-530:].tolist(),), "key_value_segment_ids": (ids.tolist(),)}
+    return Case(name, 530, len(ids), batch=1, options=options)
+
+
+@pytest.mark.parametrize("route", ["sm90", "sm90-deterministic"])
+@pytest.mark.parametrize("runs", RUNS)
+def test_runs(runs, route):
+    case, options = on_route(of_runs(runs), route)
+    check(case, "bfloat16", **options)
+
+
 def garbage(kind, rng):
     """Options whose integers were never meant."""
     low, high = -(2**31), 2**31 - 1
@@ -217,12 +240,17 @@ MUTANTS = {
         "const int back = is_row ? 0 : -sight.offset;", "const int back = 0;",
         "sm90", "spans-prefix-bottom-right"),
     "ids-not-compared": (
-        "common/visibility.cuh", "sight.exact = count ==", "sight.exact = true || count ==",
+        "common/segments.cuh", "sight.exact = count ==", "sight.exact = true || count ==",
         "sm90", "segments-mixed"),
-    "one-block-of-ids": (
-        "common/visibility.cuh",
-        "n * block < sight.of.end; ++n", "n * block < sight.of.end; n += 2",
-        "sm90-deterministic", "segments"),
+    "any-ids-a-run": (
+        "common/segments.cuh", "return run.empty() ||", "return true ||",
+        "sm90", "segments-mixed"),
+    "first-mixed-block-only": (
+        "common/segments.cuh", "mixed &= mixed - 1", "mixed = 0",
+        "sm90-deterministic", "runs"),
+    "ids-where-the-first-lane-looks": (
+        "common/segments.cuh", "max_over_warp(mine ? sight.of.end : 0)",
+        "int(broadcast(sight.of.end))", "sm90-deterministic", "segments-causal"),
     "tile-summary-of-one-block": (
         "common/visibility.cuh", "n < kTableTile / kTableBlock", "n < 1",
         "sm90-deterministic", "packed-cross-causal"),
@@ -254,7 +282,8 @@ def run_mutant(route, name, edits):
         for x in desired:
             np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
     else:
-        case, options = on_route(of_lengths(name) if name in LENGTHS else CASES[name], route)
+        made = of_lengths(name) if name in LENGTHS else of_runs(name) if name in RUNS else CASES[name]
+        case, options = on_route(made, route)
         check(case, "bfloat16", edits=edits, **options)
 
 

@@ -132,7 +132,6 @@ def test_explain_names_what_made_scores_general(monkeypatch, scores):
         "logits_soft_cap": {"logits_soft_cap": 2.0},
         "alibi_slopes": {"alibi_slopes": jnp.ones((N,))},
         "dropout": SEEDS,
-        "segment ids": IDS,
     }
     for name, options in features.items():
         general = f"capability 9.0; general scores ({name})"

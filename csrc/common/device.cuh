@@ -36,6 +36,11 @@ __device__ __forceinline__ uint32_t shuffle_from(uint32_t value, int source) {
 // Lane 0's value, in all lanes and known to be the same in all.
 __device__ __forceinline__ uint32_t broadcast(uint32_t value) { return __shfl_sync(0xffffffff, value, 0); }
 __device__ __forceinline__ bool any_lane(bool value) { return __any_sync(0xffffffff, value); }
+__device__ __forceinline__ uint32_t lanes_where(bool value) { return __ballot_sync(0xffffffff, value); }
+__device__ __forceinline__ int min_over_warp(int value) { return __reduce_min_sync(0xffffffff, value); }
+__device__ __forceinline__ int max_over_warp(int value) { return __reduce_max_sync(0xffffffff, value); }
+__device__ __forceinline__ int sum_over_warp(int value) { return __reduce_add_sync(0xffffffff, value); }
+__device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }
 
 // The block's dynamic shared memory as a struct, the picture of it.
 template <class Smem>

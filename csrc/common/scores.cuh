@@ -49,7 +49,6 @@ struct RowsLookedUp {
   Position<> at;
   __device__ __forceinline__ Interval keys(int r) const { return sequence.keys(opaque(at.row(r))); }
   __device__ __forceinline__ int offset(int r) const { return sequence.offset_of_row(at.row(r)); }
-  __device__ __forceinline__ bool sees_all(int r) const { return sequence.sees_all_keys(at.row(r)); }
 };
 // or kept from tile to tile.
 template <int kRows>
@@ -57,7 +56,6 @@ struct RowsKept {
   RowSight v[kRows];
   __device__ __forceinline__ const Interval& keys(int r) const { return v[r].keys; }
   __device__ __forceinline__ int offset(int r) const { return v[r].offset; }
-  __device__ __forceinline__ bool sees_all(int r) const { return (v[r].flags & kSeesAll) != 0; }
 };
 
 // The scores of one batch entry and head.
@@ -149,15 +147,15 @@ struct ScoreRule {
       if (staged.hides()) staged.hide(s);
     }
   }
+  // `see_all`: what the rows see are whole intervals.
   template <int kRows, int kCols, class Rows>
   __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
-                                                   const Sequence& sequence, const Rows& rows) {
+                                                   const Sequence& sequence, const Rows& rows, bool see_all = false) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       hide_outside(s, r, at, rows.keys(r), sequence.sink_keys());
-      if (kGeneral && !rows.sees_all(r)) {
-        hide_others(s, r, at, load_global(sequence.row_segments() + at.row(r)), sequence.key_segments());
-      }
+      if (see_all || sequence.sees_all_keys(at.row(r))) continue;
+      hide_others(s, r, at, load_global(sequence.row_segments() + at.row(r)), sequence.key_segments());
     }
   }
   // The same of S^T: rows of the fragment are keys, columns queries. may_hide() then compares intervals of queries.
@@ -187,7 +185,7 @@ struct ScoreRule {
     for (int r = 0; r < kRows; ++r) {
       const int j = opaque(at.row(r));
       hide_outside(s, r, at, sequence.rows(j), 0);
-      if (kGeneral && !sequence.seen_by_all_rows(j)) {
+      if (!sequence.seen_by_all_rows(j)) {
         hide_others(s, r, at, load_global(sequence.key_segments() + j), sequence.row_segments());
       }
     }

@@ -20,7 +20,8 @@ struct Interval {
 // One side, rows or keys, of one batch entry in the table. Records are
 //   of a token      begin, end of what it sees (0, 0: nothing), offset (row i sits at key position i + offset), flags.
 //                   Of a row that sees nothing but sinks, begin and end are where those end at the latest
-//   of kTableBlock  begin, end of what all of them see; empty as well where some lie past the length or see not all
+//   of kTableBlock  begin, end of what all of them see; empty as well where some lie past the length or see not all;
+//                   whether some see not all
 //   of kTableTile   begin, end of what contains all that any of them sees; whether a token of the tensor sees nothing
 constexpr int kSeesAll = 1, kBelongs = 2;  // flags: sees all between; is no padding, whether or not it sees anything
 
@@ -28,7 +29,6 @@ constexpr int kSeesAll = 1, kBelongs = 2;  // flags: sees all between; is no pad
 struct RowSight {
   Interval keys;  // but for sinks; may end before it begins
   int offset;     // the row lies at its own number plus this among the keys
-  int flags;
 };
 
 class TableSide {
@@ -72,7 +72,7 @@ struct Sequence {
 
   __device__ __forceinline__ TableSide table_rows() const { return TableSide(p, b, true); }
   __device__ __forceinline__ TableSide table_keys() const { return TableSide(p, b, false); }
-  __device__ __forceinline__ bool has_segments() const { return p.visibility.q_segments != nullptr; }
+  __device__ __forceinline__ bool has_segments() const { return any_visibility && p.visibility.q_segments != nullptr; }
   __device__ __forceinline__ bool has_table() const { return any_visibility && p.visibility.table != nullptr; }
 
   // Row i lies at position i + offset among the keys. Of rows and keys that see each other both say the same.
@@ -99,10 +99,10 @@ struct Sequence {
 
   // All that is to be known of row i, by one load where a table says it.
   __device__ __forceinline__ RowSight sight_of_row(int i) const {
-    if (!has_table()) return {keys(i), offset, kSeesAll};
-    if (i >= q_len) return {{0, 0}, offset, kSeesAll};
+    if (!has_table()) return {keys(i), offset};
+    if (i >= q_len) return {{0, 0}, offset};
     const int4 record = load_global(reinterpret_cast<const int4*>(table_rows().token(i)));
-    return {{record.x, record.y}, record.z, record.w};
+    return {{record.x, record.y}, record.z};
   }
 
   // Rows that see key j.
@@ -127,6 +127,10 @@ struct Sequence {
   __device__ __forceinline__ bool sees_all_keys(int i) const {
     return !has_segments() || i >= q_len || (load_global(table_rows().token(i) + 3) & kSeesAll) != 0;
   }
+  // The same of all rows of [begin, begin + kTableBlock), where `begin` is a multiple of that.
+  __device__ __forceinline__ bool all_see_all_keys(int begin) const {
+    return !has_segments() || begin >= q_len || load_global(table_rows().block(begin) + 2) == 0;
+  }
   __device__ __forceinline__ bool seen_by_all_rows(int j) const {
     return !has_segments() || j >= k_len || (load_global(table_keys().token(j) + 3) & kSeesAll) != 0;
   }
@@ -143,6 +147,15 @@ struct Sequence {
   __device__ __forceinline__ Interval keys_of_rows(int begin, int end) const {
     if (has_table()) return hull(table_rows(), begin, end, q_len);
     return {keys(begin).begin, begin < q_len ? keys(min(end, q_len) - 1).end : 0};
+  }
+
+  // The same of at most 32 kTableTile. All lanes of a warp ask together, and none of them for more than one.
+  __device__ __forceinline__ Interval keys_of_rows_by_warp(int begin, int end) const {
+    if (!has_table()) return keys_of_rows(begin, end);
+    const int x = begin + lane_index() * kTableTile;
+    const Interval tile = x < min(end, q_len) ? interval(table_rows().tile(x)) : Interval{kUnbounded, 0};
+    const Interval found{min_over_warp(tile.begin), max_over_warp(tile.end)};
+    return found.begin > found.end ? Interval{0, 0} : found;
   }
 
   // Keys that every row of [begin, end) below q_len sees: a tile inside needs no mask.

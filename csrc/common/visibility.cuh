@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/math.cuh"
+#include "common/segments.cuh"
 #include "common/sequence.cuh"
 #include "launch.h"
 #include "problem.h"
@@ -15,16 +16,13 @@ namespace jfa {
 
 constexpr int kVisibilityThreads = 256;
 
-// Ids of segments are looked at in blocks, of which the smallest and the largest id are known.
-constexpr int kIdBlocks = 1024, kIdBlock = 128;  // at most so many, each of so many tokens or a power of two more
-
 constexpr int kCopiedBegins = 1024;
 
 struct VisibilitySmem {
   int begin[kVisibilityThreads / kTableBlock], end[kVisibilityThreads / kTableBlock];  // of what any of a block sees
   int gap[kVisibilityThreads / kTableBlock];
-  int lowest[kIdBlocks], highest[kIdBlocks];  // id of the other side
-  int begins[2][kCopiedBegins];               // of packed sequences: of rows, of keys
+  int begins[2][kCopiedBegins];  // of packed sequences: of rows, of keys
+  IdBlocks ids;                  // of the other side
 };
 
 // Where the packed sequences of a batch entry begin, and the last one ends: rows or keys. Empty where none are packed.
@@ -62,14 +60,6 @@ class Begins {
   bool copied_;
   const int* global_;
   uint32_t shared_;
-};
-
-// What one token sees of the other side.
-struct Sight {
-  Interval of{0, 0};
-  int offset = 0;        // row i lies at position i + offset among the keys
-  bool exact = true;     // all of the interval, and not only what is of the same segment
-  bool belongs = false;  // to a sequence, and does not lie past its length
 };
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
@@ -111,69 +101,10 @@ __device__ __forceinline__ Sight sight_of(const VisibilitySmem& smem, const Sequ
   return sight;
 }
 
-__device__ __forceinline__ int id_block_tokens(int tokens) {
-  int block = kIdBlock;
-  while (int64_t(block) * kIdBlocks < tokens) block *= 2;
-  return block;
-}
-
-// All threads of a block: the blocks of `ids`. Eight lanes look at one, so that many loads are under way at a time.
-__device__ __forceinline__ void summarize_ids(const VisibilitySmem& smem, const int* ids, int tokens) {
-  constexpr int kLanes = 8, kBlocksAtOnce = kVisibilityThreads / kLanes;
-  const int block = id_block_tokens(tokens);
-  for (int round = 0; round * kBlocksAtOnce * block < tokens; ++round) {
-    const int n = round * kBlocksAtOnce + thread_index() / kLanes;
-    int lowest = kUnbounded, highest = -kUnbounded - 1;
-#pragma unroll 16
-    for (int within = thread_index() % kLanes; within < block; within += kLanes) {
-      const int x = n * block + within;
-      const int id = x < tokens ? load_global(ids + x) : 0;
-      lowest = min(lowest, x < tokens ? id : kUnbounded);
-      highest = max(highest, x < tokens ? id : -kUnbounded - 1);
-    }
-    for (int step = 1; step < kLanes; step *= 2) {
-      lowest = min(lowest, int(shuffle_xor(uint32_t(lowest), step)));
-      highest = max(highest, int(shuffle_xor(uint32_t(highest), step)));
-    }
-    if (thread_index() % kLanes != 0 || n >= kIdBlocks) continue;
-    store_shared_32(shared_address(&smem.lowest[n]), lowest);
-    store_shared_32(shared_address(&smem.highest[n]), highest);
-  }
-  barrier();
-}
-
-// Narrows what a token sees to the first and the last of its segment. Ids in runs are looked at one by one only where a
-// run begins or ends.
-__device__ __forceinline__ void narrow_to_segment(const VisibilitySmem& smem, const int* ids, int tokens, int id,
-                                                  Sight& sight) {
-  const int block = id_block_tokens(tokens);
-  Interval found{kUnbounded, 0};
-  int count = 0;
-  for (int n = sight.of.begin / block; n * block < sight.of.end; ++n) {
-    const int lowest = load_shared_32(shared_address(&smem.lowest[n]));
-    const int highest = load_shared_32(shared_address(&smem.highest[n]));
-    if (id < lowest || id > highest) continue;
-    const Interval part{max(n * block, sight.of.begin), min((n + 1) * block, sight.of.end)};
-    if (lowest == highest) {
-      found = {min(found.begin, part.begin), part.end};
-      count += part.end - part.begin;
-      continue;
-    }
-#pragma unroll 8
-    for (int x = part.begin; x < part.end; ++x) {
-      if (load_global(ids + x) != id) continue;
-      found = {min(found.begin, x), x + 1};
-      ++count;
-    }
-  }
-  sight.of = found.empty() ? Interval{0, 0} : found;
-  sight.exact = count == sight.of.end - sight.of.begin;
-}
-
 // `Family` keeps the families' copies apart: they are compiled for different GPUs. `counter`, if there is one, is that
 // of the kernel that follows, and becomes 0 here: clearing it would be a launch more.
 template <class Family>
-__global__ void __launch_bounds__(kVisibilityThreads)
+__global__ void __launch_bounds__(kVisibilityThreads, 1)  // without the 1 it has 40 registers, for one id at a time
     prepare_visibility(const __grid_constant__ Problem p, uint32_t* counter) {
   if (counter != nullptr && block_index() == 0 && thread_index() == 0) store_global(counter, 0u);
   const VisibilitySmem& smem = shared_memory<VisibilitySmem>();
@@ -190,8 +121,9 @@ __global__ void __launch_bounds__(kVisibilityThreads)
     const int others = is_row ? p.shape.k_len : p.shape.q_len;
     const int* ids = (is_row ? p.visibility.k_segments : p.visibility.q_segments) + int64_t(b) * others;
     const int* own = (is_row ? p.visibility.q_segments : p.visibility.k_segments) + int64_t(b) * extent;
-    summarize_ids(smem, ids, others);
-    if (!sight.of.empty()) narrow_to_segment(smem, ids, others, load_global(own + x), sight);
+    const SegmentIds segments(smem.ids, ids, others);
+    segments.summarize(kVisibilityThreads);
+    segments.narrow(sight, sight.of.empty() ? 0 : load_global(own + x));
   }
   const TableSide side(p, b, is_row);
   const bool in_table = x < ceil_div(extent, kTableTile) * kTableTile;
@@ -204,15 +136,16 @@ __global__ void __launch_bounds__(kVisibilityThreads)
   Interval all = sight.exact ? of : Interval{0, 0};
   const bool nothing = of.end == 0;
   Interval any = nothing ? Interval{kUnbounded, 0} : of;
-  int gap = x < extent && nothing;
+  int gap = x < extent && nothing, scattered = !sight.exact;
   for (int step = 1; step < kTableBlock; step *= 2) {
     const auto from = [&](int value) { return int(shuffle_xor(uint32_t(value), step)); };
     all = {max(all.begin, from(all.begin)), min(all.end, from(all.end))};
     any = {min(any.begin, from(any.begin)), max(any.end, from(any.end))};
     gap |= from(gap);
+    scattered |= from(scattered);
   }
   if (x % kTableBlock == 0) {
-    if (in_table) store_global(reinterpret_cast<int4*>(side.block(x)), int4{all.begin, all.end, 0, 0});
+    if (in_table) store_global(reinterpret_cast<int4*>(side.block(x)), int4{all.begin, all.end, scattered, 0});
     const int block = thread_index() / kTableBlock;
     store_shared_32(shared_address(&smem.begin[block]), any.begin);
     store_shared_32(shared_address(&smem.end[block]), any.end);

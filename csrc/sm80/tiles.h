@@ -12,7 +12,7 @@ constexpr int kSharedMemoryLimit = 99 * 1024;
 
 // The kernels for general scores are also those for more than a formula of who sees whom: in the others it would cost
 // registers of all.
-inline bool runs_general(const Problem& p) { return is_general(p) || !is_formula(p.visibility); }
+inline bool runs_general(const Problem& p) { return is_general(p.scores) || !is_formula(p.visibility); }
 
 // A warp owns q_tile / warps query rows; with 32 of them each key it reads from shared memory serves two products.
 template <int kHeadDim>

@@ -106,7 +106,7 @@ auto with_backward_query_tile(const Problem& p, F&& f) {
     if (reads_scores(p.scores) || p.scores.dropout.seeds != nullptr) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
-    if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+    if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
     if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };

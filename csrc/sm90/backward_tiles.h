@@ -100,7 +100,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   }
   if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
   if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
-  if (is_general(p)) return f(Type<typename Tiles::General>{}, std::true_type{});
+  if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
   if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});

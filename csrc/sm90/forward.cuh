@@ -39,6 +39,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   int first_row = 0;
   Interval unmasked{};
   RowsKept<2> rows{};
+  bool see_all = true;  // of what they see
   ScoreRule<kGeneral> rule(a.p.scores);
   uint2 seeds{};  // of dropout
   uint32_t q_registers[Shape::kQueryInRegisters ? Shape::kHeadDim / 16 : 1][4];
@@ -66,6 +67,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     if constexpr (kKeepsRows) {
       const Position<> at(first_row, 0);
       rows = {{sequence.sight_of_row(at.row(0)), sequence.sight_of_row(at.row(1))}};
+      see_all = sequence.all_see_all_keys(first_row);
       rule.begin(item.batch, item.head);
     }
     if constexpr (Shape::kDrops) seeds = DropoutBits::seeds_of(a.p, item.batch, item.head);
@@ -143,7 +145,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     if constexpr (kKeepsRows) {
       rule.apply_staged(s, at, rows, none, staged);
       if (!whole) {
-        rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows);
+        rule.hide_rows(s, at, sequence_of<Shape>(a.p, item()), rows, see_all);
         if constexpr (!kGeneral) s.settle_all();  // or every tile's scores are copied, beside the branch
       }
     } else if (rule.needs_mask(unmasked, j, j + Shape::kK)) {

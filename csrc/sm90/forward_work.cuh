@@ -99,7 +99,9 @@ __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int numb
   const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
-  keys = sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ);
+  // Tiles that stage scores, and have two warps that load, would spill.
+  keys = Shape::kStagesScores ? sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ)
+                              : sequence.keys_of_rows_by_warp(cluster_row, cluster_row + Shape::kClusterQ);
   const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(a.p.scores));
   const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
   if (tiles.count == 0) keys = {outside, outside};

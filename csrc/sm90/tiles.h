@@ -249,7 +249,7 @@ inline ForwardKind general_kind(const Problem& p) {
 // see enough keys. It never pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   constexpr int64_t kShortKeys = 2048, kShortDenseKeys = 1024;
-  if (is_general(p)) return general_kind(p);
+  if (is_general(p.scores)) return general_kind(p);
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
     return ForwardKind::kShort;
@@ -257,6 +257,7 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
     return p.shape.k_len <= kShortDenseKeys ? ForwardKind::kShortDense : ForwardKind::kDense;
   }
   const Visibility& v = p.visibility;
+  if (v.q_segments != nullptr) return ForwardKind::kShort;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
   // All rows of a sequence see the same of it, as in dense attention.

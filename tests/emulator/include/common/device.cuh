@@ -76,6 +76,34 @@ inline bool any_lane(bool value, Site site = {}) {
   });
   return value;
 }
+inline uint32_t lanes_where(bool value, Site site = {}) {
+  uint32_t bits = value;
+  emulator::machine().collective(bits, {"lanes_where", site}, [](uint32_t* const(&lanes)[kWarpThreads]) {
+    uint32_t all = 0;
+    for (int n = 0; n < kWarpThreads; ++n) all |= *lanes[n] << n;
+    for (uint32_t* lane : lanes) *lane = all;
+  });
+  return bits;
+}
+template <class Fold>
+inline int fold_over_warp(int value, const char* name, const Site& site, Fold fold) {
+  emulator::machine().collective(value, {name, site}, [fold](int* const(&lanes)[kWarpThreads]) {
+    int all = *lanes[0];
+    for (int n = 1; n < kWarpThreads; ++n) all = fold(all, *lanes[n]);
+    for (int* lane : lanes) *lane = all;
+  });
+  return value;
+}
+inline int min_over_warp(int value, Site site = {}) {
+  return fold_over_warp(value, "min_over_warp", site, [](int a, int b) { return std::min(a, b); });
+}
+inline int max_over_warp(int value, Site site = {}) {
+  return fold_over_warp(value, "max_over_warp", site, [](int a, int b) { return std::max(a, b); });
+}
+inline int sum_over_warp(int value, Site site = {}) {
+  return fold_over_warp(value, "sum_over_warp", site, [](int a, int b) { return int(unsigned(a) + unsigned(b)); });
+}
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 template <class Smem>
 inline Smem& shared_memory(Site site = {}) {
