@@ -66,6 +66,8 @@ LENGTHS = {
     # Tiles of a sequence, of which the last has fewer: the order of work counts on neither.
     "two-tiles-and-more": ([290, 300], [290, 300]),
     "more-than-are-copied": ([20, 0] * 3 + [0, 1] * 600, [20, 0] * 3 + [1, 0] * 600),
+    # So long on average that tiles are ordered on the device.
+    "by-length": ([130, 0, 700, 60], [500, 1, 300, 3600]),
 }
 
 
@@ -272,6 +274,9 @@ MUTANTS = {
     "tiles-of-the-last-sequence": (
         "sm90/work_place.cuh", "return rest + (rank - before)", "return (rank - before)",
         "sm90", "two-tiles-and-more"),
+    "two-tiles-of-a-rank": (
+        "common/visibility.cuh", "other == length && n > tile", "other == length && n >= tile",
+        "sm90", "by-length"),
 }  # fmt: skip
 
 
@@ -284,7 +289,8 @@ def run_mutant(route, name, edits):
     else:
         made = of_lengths(name) if name in LENGTHS else of_runs(name) if name in RUNS else CASES[name]
         case, options = on_route(made, route)
-        check(case, "bfloat16", edits=edits, **options)
+        gradients = name != "by-length"  # the last pass is the one that edits are for
+        check(case, "bfloat16", edits=edits, gradients=gradients, **options)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -19,6 +19,7 @@ struct BackwardQueryTile : TileReads<kReads> {
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kQ = kWarpgroups * kWarpgroupRows;
   static constexpr int kClusterQ = kQ;  // rows of one item
+  static constexpr bool kAnyOrder = false;
   static constexpr int kK = kK_;
   static constexpr int kQueryPlaces = kQueryPlaces_;
   static constexpr int kKeyPlaces = kKeyPlaces_;

@@ -90,7 +90,7 @@ __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned coun
 // query tiles of all heads first. `keys` are those that the rows of the whole cluster see, but for sinks.
 template <class Shape, class Arguments>
 __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
-  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
+  const WorkPlace place = place_of<Shape::kAnyOrder>(a.order, number, a.p.shape.batch);
   const int cluster_row = (a.order.tiles - 1 - place.tile) * Shape::kClusterQ;
   ForwardItem item;
   item.batch = place.batch;

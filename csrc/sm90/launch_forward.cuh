@@ -31,6 +31,13 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before
+  LengthOrder lengths;
+  if (Shape::kAnyOrder && a.order.drawn && wants_length_order(p, a.order)) {
+    lengths = {p.visibility.table + 4 * token_records(p.shape), a.order.tiles, Shape::kClusterQ};
+    a.order.by_length = lengths.tiles;
+  }
+  status = launch_prepare_visibility<Sm90>(p, stream, counter, lengths);
+  if (!status.ok()) return status;
   if (a.order.drawn && !needs_table(p.visibility)) {
     status = cuda_status(cudaMemsetAsync(counter, 0, sizeof(*counter), stream),
                          "jax_flashattn: clearing the counter of work items");
@@ -48,8 +55,6 @@ Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, 
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  const Status status = launch_prepare_visibility<Sm90>(p, stream, counter);
-  if (!status.ok()) return status;
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
     return with_forward_tile<kHeadDim>(p, multiprocessors, [&](auto tile, auto general) {

@@ -53,6 +53,7 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
   static constexpr bool kStagesScores = TileReads<kReads>::kStagesScores;
+  static constexpr bool kAnyOrder = TileReads<kReads>::kAnyVisibility && !kStagesScores;  // of items: by length too
   static_assert(!kStagesScores || kCluster == 1, "the blocks of a cluster do not load biases and masks for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
@@ -264,6 +265,14 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
   if (v.sequences > 1 && v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && keys >= kShortDenseKeys)
     return ForwardKind::kLong;
   return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
+}
+
+// Whether the device is to order packed sequences' tiles: not where sequences are short on average, as items are then
+// over before their place in that order has been read.
+inline bool wants_length_order(const Problem& p, const WorkOrder& order) {
+  constexpr int kShortSequence = 1024;
+  const int sequences = p.visibility.sequences;
+  return sequences > 1 && p.shape.k_len / sequences > kShortSequence && order.tiles <= kOrderedTiles;
 }
 
 // `q_tile`: rows of an item.

@@ -2,7 +2,8 @@
 //
 // Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
 // first. Where sequences with an edge on the right (causal ones) are packed into one, the host knows their number, and
-// takes them for equally long: then the longest tiles of all sequences come first. The last section is as large as it
+// takes them for equally long: then the longest tiles of all sequences come first. Of long ones the forward has the
+// device find out, which knows the sequences. The last section is as large as it
 // takes to end evenly: with few items of each length, some block would still be busy with a long one when the others
 // have ended.
 #pragma once
@@ -20,7 +21,8 @@ struct WorkOrder {
   int tiles = 0;  // of a head
   int heads = 0;  // counted over the batch
   int items = 0;
-  int sequence_tiles = 0;  // of each of the sequences, if there are several
+  int sequence_tiles = 0;          // of each of the sequences, if there are several
+  const int* by_length = nullptr;  // [batch, tiles]: what stands there for a tile's rank; see LengthOrder
   int section_heads = 1;
   int sections = 0;            // before the last one, which has the other heads
   bool batch_fastest = false;  // in the numbering of heads

@@ -22,6 +22,8 @@ __device__ __forceinline__ int tile_of_rank(const WorkOrder& order, int rank) {
   return rest + (rank - before) / sequences + (rank - before) % sequences * of_sequence;
 }
 
+// kByLength: the tile of a rank may have to be read.
+template <bool kByLength = false>
 __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number, int batch) {
   const int section = min(number / (order.section_heads * order.tiles), order.sections);
   const int first_head = section * order.section_heads;
@@ -29,8 +31,11 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
   const int rest = number - first_head * order.tiles;
   const int head = first_head + rest % heads;
   const int heads_of_entry = order.heads / batch;
-  return {tile_of_rank(order, rest / heads), order.batch_fastest ? head / batch : head % heads_of_entry,
-          order.batch_fastest ? head % batch : head / heads_of_entry};
+  const int entry = order.batch_fastest ? head % batch : head / heads_of_entry;
+  const int tile = kByLength && order.by_length != nullptr
+                       ? load_global(order.by_length + int64_t(entry) * order.tiles + rest / heads)
+                       : tile_of_rank(order, rest / heads);
+  return {tile, order.batch_fastest ? head / batch : head % heads_of_entry, entry};
 }
 
 // Who sees whom in the batch entry of an item.
