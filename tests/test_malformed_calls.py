@@ -270,7 +270,7 @@ def test_launch_that_fails(canary):
         "CUDA_MODULE_LOADING": "LAZY",
         "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
     }
-    command = [sys.executable, "-c", "import ffi_calls; ffi_calls.kernels_without_memory()"]
+    command = [sys.executable, "-P", "-c", "import ffi_calls; ffi_calls.kernels_without_memory()"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all others ran afterwards" in done.stdout

@@ -167,6 +167,11 @@ inline void add_tiles(const Adder& adder) {
     c.q_lengths = {200, 0, 77};
     c.k_lengths = {300, 129, 0};
   });
+  add("tile_packed_by_length", {1, 300, 2101, 70, 2, d, d}, [&](Case& c) {
+    c.cu_q = {0, 100, 300};
+    c.cu_k = {0, 50, 2101};
+    causal_bottom_right(c);
+  });
   add("tile_lengths_long", {3, 130, 2051, 44, 1, d, d}, [](Case& c) {
     c.q_lengths = {130, 100, 3};
     c.k_lengths = {131, 0, 2050};
