@@ -258,6 +258,8 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
     return p.shape.k_len <= kShortDenseKeys ? ForwardKind::kShortDense : ForwardKind::kDense;
   }
   const Visibility& v = p.visibility;
+  // How long segments are, only the device knows: full ones of 1024 tokens gain 4 % in clusters, shorter ones were not
+  // timed.
   if (v.q_segments != nullptr) return ForwardKind::kShort;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
