@@ -236,7 +236,7 @@ MUTANTS = {
         SCORES, "first - Position<>::col_offset(c)", "first + Position<>::col_offset(c)",
         "alibi", "sm90"),
     "alibi-without-offset-kept": (
-        SEQUENCE, "return {keys(i), offset, kSeesAll};", "return {keys(i), 0, kSeesAll};",
+        SEQUENCE, "return {keys(i), offset};", "return {keys(i), 0};",
         "alibi-causal-bottom-right", "sm90"),
     "rows-kept-of-another": (
         "sm90/forward.cuh", "sight_of_row(at.row(1))", "sight_of_row(at.row(0))",

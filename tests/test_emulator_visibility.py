@@ -96,7 +96,8 @@ RUNS = {
 
 def of_runs(name):
     ids = np.repeat(*map(np.asarray, RUNS[name]))
-    options = {"query_segment_ids": (ids[-530:].tolist(),), "key_value_segment_ids": (ids.tolist(),)}
+    queries, keys = ids[-530:].tolist(), ids.tolist()
+    options = {"query_segment_ids": (queries,), "key_value_segment_ids": (keys,)}
     return Case(name, 530, len(ids), batch=1, options=options)
 
 
@@ -228,7 +229,8 @@ MUTANTS = {
         "common/visibility.cuh",
         "(*this)[middle] <= x", "(*this)[middle] < x", "sm90-deterministic", "packed-cross"),
     "begins-not-awaited": (
-        "common/visibility.cuh", "if (packed) barrier();", "", "sm90-deterministic",
+        "common/visibility.cuh", "if (p.visibility.cu_q != nullptr) barrier();", "",
+        "sm90-deterministic",
         "packed-cross"),
     "too-many-begins-copied": (
         "common/visibility.cuh", "copied_(count_ <= kCopiedBegins)", "copied_(true)",
@@ -287,8 +289,8 @@ def run_mutant(route, name, edits):
         for x in desired:
             np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
     else:
-        made = of_lengths(name) if name in LENGTHS else of_runs(name) if name in RUNS else CASES[name]
-        case, options = on_route(made, route)
+        make = of_lengths if name in LENGTHS else of_runs if name in RUNS else CASES.get
+        case, options = on_route(make(name), route)
         gradients = name != "by-length"  # the last pass is the one that edits are for
         check(case, "bfloat16", edits=edits, gradients=gradients, **options)
 
