@@ -84,6 +84,41 @@ def test_lengths(lengths, route):
     check(case, "bfloat16", **options)
 
 
+@dataclasses.dataclass(frozen=True)
+class PackedBatch(Case):
+    """Bounds of each batch entry, as a call under vmap has them."""
+
+    def arrays(self, dtype):
+        arrays = super().arrays(dtype)
+        return arrays | {name: arrays[name][0] for name in PACKED}
+
+
+def compare_batch(edits=()):
+    """Two batch entries whose orders by length differ, with the same by segment ids."""
+    bounds = ((0, 30, 400), (0, 370, 400)), ((0, 50, 2300), (0, 2250, 2300))
+    queries, keys = ([np.repeat([0, 1], np.diff(x)).tolist() for x in side] for side in bounds)
+    ids = {"query_segment_ids": queries, "key_value_segment_ids": keys}
+    shape = {"q_len": 400, "k_len": 2300, "batch": 2, "heads": 1}
+    judged, how = on_route(Case("by-length-batch", **shape, options=ids), "sm90")
+    desired = check(judged, "bfloat16", gradients=False, **how)
+    packed = PackedBatch("by-length-batch", **shape, options=dict(zip(PACKED, bounds, strict=True)))
+    packed, how = on_route(packed, "sm90")
+    actual = kernels.run(packed, "bfloat16", gradients=False, edits=edits, **how)
+    for name, x in desired.items():
+        y = actual[name].astype(np.float32)
+        np.testing.assert_allclose(y, x.astype(np.float32), atol=0.01, err_msg=name)
+
+
+def test_each_batch_entry_has_its_order():
+    compare_batch()
+
+
+def test_an_order_of_another_entry_is_noticed():
+    entry = "order.tiles + int64_t(sequence.b) * order.count"
+    with pytest.raises(AssertionError):
+        compare_batch((("common/visibility.cuh", entry, "order.tiles"),))
+
+
 # Ids of runs and their tokens: a warp looks for its tokens' run together, in blocks of 128 of which
 # some are mixed, and each token by itself where an id comes back, or is in many of them.
 RUNS = {
@@ -291,7 +326,7 @@ def run_mutant(route, name, edits):
     else:
         make = of_lengths if name in LENGTHS else of_runs if name in RUNS else CASES.get
         case, options = on_route(make(name), route)
-        gradients = name != "by-length"  # the last pass is the one that edits are for
+        gradients = name != "by-length"  # edits are for the last pass that runs
         check(case, "bfloat16", edits=edits, gradients=gradients, **options)
 
 

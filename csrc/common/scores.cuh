@@ -147,7 +147,7 @@ struct ScoreRule {
       if (staged.hides()) staged.hide(s);
     }
   }
-  // `see_all`: what the rows see are whole intervals.
+  // `see_all`: what the rows see is known to be whole intervals. Otherwise each is asked: plain tiles lose 5 % by that.
   template <int kRows, int kCols, class Rows>
   __device__ __forceinline__ static void hide_rows(Fragment<kRows, kCols>& s, const Position<>& at,
                                                    const Sequence& sequence, const Rows& rows, bool see_all = false) {

@@ -3,9 +3,8 @@
 // Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
 // first. Where sequences with an edge on the right (causal ones) are packed into one, the host knows their number, and
 // takes them for equally long: then the longest tiles of all sequences come first. Of long ones the forward has the
-// device find out, which knows the sequences. The last section is as large as it
-// takes to end evenly: with few items of each length, some block would still be busy with a long one when the others
-// have ended.
+// device find out, which knows the sequences. The last section is as large as it takes to end evenly: with few items of
+// each length, some block would still be busy with a long one when the others have ended.
 #pragma once
 
 #include <algorithm>
