@@ -171,10 +171,14 @@ __device__ __forceinline__ void store_matrix_x4(uint32_t address, const uint32_t
 }
 
 // Until what load_matrix_x4() has loaded is there, so that its place may be given back: an arrival would not wait for
-// it, and a fence waits for much more. The instruction needs `bits`, made of a register of each load, and does nothing.
+// it, and a fence waits for much more. The vote needs `bits`, made of a register of each load; what it decides does
+// nothing. Without the vote lanes could part, and ptxas would then hold the descriptors of all later products in
+// registers of each lane.
 __device__ __forceinline__ void settle_loads(uint32_t bits) {
-  asm volatile("{\n.reg .pred rarely;\nsetp.eq.u32 rarely, %0, 0x5bd1e995;\n@rarely nanosleep.u32 0;\n}" ::"r"(bits)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred rarely, any;\nsetp.eq.u32 rarely, %0, 0x5bd1e995;\n"
+      "vote.sync.any.pred any, rarely, 0xffffffff;\n@any nanosleep.u32 0;\n}" ::"r"(bits)
+      : "memory");
 }
 template <int kLoads>
 __device__ __forceinline__ void settle_loads(const uint32_t (&r)[kLoads][4]) {
