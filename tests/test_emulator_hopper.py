@@ -288,14 +288,20 @@ def test_order_of_threads_does_not_matter():
 MUTANTS = {
     "no-wait-for-full": (
         "forward.cuh",
-        "mbarrier_wait(full + 8 * at.slot, at.parity);\n    const", "const", "dense-127x129"),
+        "if (!is_full) mbarrier_wait(full + 8 * at.slot, at.parity);\n", "", "dense-127x129"),
+    "asked-and-not-listened": (
+        "forward.cuh", "is_full = mbarrier_test(", "is_full = mbarrier_test(full, 0) || (",
+        "dense-1000x1000"),
+    "answer-for-two": (
+        "forward.cuh", "    is_full = false;\n    const int slot", "    const int slot",
+        "dense-1000x1000"),
     "early-release": (
         "forward.cuh",
         "wgmma_wait<1>();\n      release(k_slot);", "release(k_slot);\n      wgmma_wait<1>();",
         "dense-1000x1000"),
     "probabilities-packed-early": (
         "forward.cuh",
-        "wgmma_wait<0>();\n      release(v_slot);\n      take_probabilities(s, kept);",
+        "wgmma_wait<0>();\n      release(v_slot);\n      ask_full();",
         "take_probabilities(s, kept);\n      wgmma_wait<0>();\n      release(v_slot);",
         "dense-127x129"),
     "no-proxy-fence": (
@@ -309,11 +315,18 @@ MUTANTS = {
         "mbarrier_init(shared_address(&smem.free[slot]), Shape::kCluster * Shape::kWarpgroups)",
         "mbarrier_init(shared_address(&smem.free[slot]), 1)", "dense-127x129"),
     "query-given-back-while-it-is-read": (
-        "forward.cuh", "      settle_loads(q_registers);\n", "", "gqa-6-3-causal"),
+        "forward.cuh", "settle_loads(q_registers);", ";", "gqa-6-3-causal"),
     "query-released-early": (
         "forward.cuh",
-        "wgmma_wait<0>();\n    release(k_slot);\n    release_query();",
-        "release_query();\n    wgmma_wait<0>();\n    release(k_slot);", "dim-64-value-32"),
+        "wgmma_wait<0>();\n    release(k_slot);\n    release_query(true);",
+        "release_query(true);\n    wgmma_wait<0>();\n    release(k_slot);", "dim-64-value-32"),
+    "query-released-before-its-first-product": (
+        "forward.cuh",
+        "wgmma_wait<0>();\n      release(k_slot);\n      release_query(true);",
+        "release_query(true);\n      wgmma_wait<0>();\n      release(k_slot);", "gqa-6-3-causal"),
+    "query-in-registers-too-late": (
+        "forward.cuh", "      load_query();\n      store_output", "      store_output",
+        "gqa-6-3-causal"),
 }  # fmt: skip
 
 

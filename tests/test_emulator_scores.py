@@ -171,7 +171,7 @@ MUTANTS = {
     "kept-sm80": (
         "sm80/forward.cuh", "kGeneral ? p.scores.dropout.kept : 1.0f", "1.0f", "dropout", "sm80"),
     "kept-sm90": (
-        "sm90/forward_store.cuh", "lse[r]) * factor", "lse[r])", "dropout", "sm90"),
+        "sm90/forward_store.cuh", "rows.lse[r]) * kept", "rows.lse[r])", "dropout", "sm90"),
     "kept-values-sm80": (
         "sm80/backward.cuh", "dv.scale_row(r, p.scores.dropout.kept)", ";", "dropout", "sm80"),
     "kept-values-sm90": (
@@ -253,7 +253,7 @@ MUTANTS = {
         SOFTMAX, "sinks.data + b * sinks.batch_stride", "sinks.data", "sinks-lengths", "sm90"),
     "sink-of-another-head": (SOFTMAX, "batch_stride + h)", "batch_stride)", "sinks", "sm80"),
     "sink-of-padding": (
-        "sm90/forward_store.cuh", "i < item.q_len ? lse[r] : minus_infinity()", "lse[r]",
+        "sm90/forward_store.cuh", "inside ? rows.lse[r] : minus_infinity()", "rows.lse[r]",
         "sinks-lengths", "sm90"),
 }  # fmt: skip
 

@@ -84,9 +84,13 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       unmasked = {0, 0};  // bias and mask have no rows there
     softmax.start_row_sums();
   };
+  // The first scores of an item are made of queries in shared memory. Those that are kept in registers come beside that
+  // product.
   const auto take_query = [&] {
     mbarrier_wait(q_full, taken % 2);
     ++taken;
+  };
+  const auto load_query = [&] {
     if constexpr (Shape::kQueryInRegisters) {
       using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
       const int row = (warp_index() - 4) * 16 + lane_index() % 16;
@@ -95,16 +99,24 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
         load_matrix_x4(q_registers[step],
                        shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
       }
+    }
+  };
+  // After each product of scores: the place of queries that are not in registers is read until the last one is done.
+  const auto release_query = [&](bool first) {
+    if constexpr (Shape::kQueryInRegisters) {
+      if (!first) return;
       settle_loads(q_registers);
+      arrive_for_lane(q_free);
+    } else if (j + Shape::kK == end) {
       arrive_for_lane(q_free);
     }
   };
-  // Queries that are not in registers are read until the last tile of keys is done.
-  const auto release_query = [&] {
-    if (!Shape::kQueryInRegisters && j + Shape::kK == end) arrive_for_lane(q_free);
-  };
+  // What comes next in the ring: asked for early, since the answer takes 50 cycles even if it is yes.
+  bool is_full = false;
+  const auto ask_full = [&] { is_full = mbarrier_test(full + 8 * at.slot, at.parity); };
   const auto wait_full = [&] {
-    mbarrier_wait(full + 8 * at.slot, at.parity);
+    if (!is_full) mbarrier_wait(full + 8 * at.slot, at.parity);
+    is_full = false;
     const int slot = at.slot;
     at.advance();
     return slot;
@@ -177,9 +189,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     to_operand<Element>(p, s);
     if constexpr (Shape::kDrops) drop_packed(p, kept);
   };
-  const auto store = [&](uint32_t item) {
-    const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
-    store_output<Element, Shape>(a, smem, item, softmax, o, kept);
+  const auto finish = [&](uint32_t item) {
+    return finish_rows<Shape>(a.p, item, softmax, kGeneral ? a.p.scores.dropout.kept : 1.0f);
   };
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
@@ -189,11 +200,12 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     float correction[2];
     take_query();
     const int k_slot = wait_full();
-    issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+    issue_scores<Element, Shape, false>(s, q, q_registers, k + k_slot * kSlot);
     load_ahead();
+    load_query();
     wgmma_wait<0>();
     release(k_slot);
-    release_query();
+    release_query(true);
     begin_rows();
     to_probabilities(s, kept, correction);
     take_probabilities(s, kept);
@@ -208,7 +220,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       float correction[2];
       const int k_slot = wait_full();
       await_turn();
-      issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+      issue_scores<Element, Shape, Shape::kQueryInRegisters>(s, q, q_registers, k + k_slot * kSlot);
       const int v_slot = wait_full();
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
       accumulate = true;
@@ -216,10 +228,11 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
       staged.load_ahead();
       wgmma_wait<1>();
       release(k_slot);
-      release_query();
+      release_query(false);
       const bool moved = to_probabilities(s, kept, correction);
       wgmma_wait<0>();
       release(v_slot);
+      ask_full();
       take_probabilities(s, kept);
       if (moved) {
         o.scale_row(0, correction[0]);
@@ -229,33 +242,36 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
 
     const uint32_t done = item_address(smem, taken - 1);
     more = take_item();
-    if (Shape::kQueryInRegisters && more) take_query();
     const int v_slot = wait_full();
     await_turn();
     if (!more) {
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
       pass_turn();
+      const FinishedRows rows = finish(done);
       wgmma_wait<0>();
       release(v_slot);
-      store(done);
+      store_output<Element, Shape>(a, smem, done, rows, o);
     } else {
       Fragment<2, kScoreCols> s;
       Kept kept;
       float correction[2];
       issue_output<Element, Shape>(o, p, v + v_slot * kSlot, accumulate);
-      if constexpr (!Shape::kQueryInRegisters) take_query();
+      const FinishedRows rows = finish(done);
+      take_query();
       const int k_slot = wait_full();
-      issue_scores<Element, Shape>(s, q, q_registers, k + k_slot * kSlot);
+      issue_scores<Element, Shape, false>(s, q, q_registers, k + k_slot * kSlot);
       pass_turn();
       load_ahead();
       wgmma_wait<1>();
       release(v_slot);
-      store(done);
+      load_query();
+      store_output<Element, Shape>(a, smem, done, rows, o);
       wgmma_wait<0>();
       release(k_slot);
-      release_query();
+      release_query(true);
       begin_rows();
       to_probabilities(s, kept, correction);
+      ask_full();
       take_probabilities(s, kept);
     }
   }

@@ -7,8 +7,9 @@
 
 namespace jfa::sm90 {
 
-// S = Q K^T of one warpgroup and one tile of keys: the products are issued, not waited for.
-template <class Element, class Shape>
+// S = Q K^T of one warpgroup and one tile of keys: the products are issued, not waited for. The queries are taken from
+// registers or from shared memory.
+template <class Element, class Shape, bool kQueryInRegisters>
 __device__ __forceinline__ void issue_scores(Fragment<2, Shape::kK / 4>& s, uint32_t q,
                                              const uint32_t (*q_registers)[4], uint32_t k) {
   using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
@@ -17,7 +18,7 @@ __device__ __forceinline__ void issue_scores(Fragment<2, Shape::kK / 4>& s, uint
 #pragma unroll
   for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
     const uint64_t keys = descriptor_at(k, step / 4 * KeyTile::kChunkBytes + step % 4 * 32);
-    if constexpr (Shape::kQueryInRegisters) {
+    if constexpr (kQueryInRegisters) {
       Wgmma<Shape::kK>::template rs<Element, false>(s.v, q_registers[step], keys, step != 0);
     } else {
       const uint64_t queries = descriptor_at(q, step / 4 * QueryTile::kChunkBytes + step % 4 * 32);

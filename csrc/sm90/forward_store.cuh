@@ -7,30 +7,50 @@
 
 namespace jfa::sm90 {
 
-// Writes one warp's 16 finished rows, of the item published at that address, times `factor`. lse is written for rows
-// inside the tensor, with -inf for those past q_len.
-template <class Element, class Shape>
-__device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem, uint32_t published,
-                                             const LaggingSoftmax<2>& softmax, Fragment<2, Shape::kValueDim / 4>& o,
-                                             float factor) {
-  const Problem& p = a.p;
+// What becomes of one warp's 16 rows, two of them this thread's.
+struct FinishedRows {
+  float factor[2];  // to multiply the output by; 0 for rows past q_len
+  float lse[2];     // -inf for those
+};
+
+// Of the item published at that address; `kept`: what dropout left is multiplied by. It needs nothing of the last
+// product, and runs beside it. The warp's outputs may be written to shared memory afterwards.
+template <class Shape>
+__device__ __forceinline__ FinishedRows finish_rows(const Problem& p, uint32_t published,
+                                                    const LaggingSoftmax<2>& softmax, float kept) {
   const ForwardItem item = load_item<ForwardItem>(published);
-  const int warp = thread_index() / kWarpThreads - 4;  // among those that compute
-  const int warp_row = item.first_row + warp * kOutputRows;
-  const Position<> at(warp_row, 0);
-  float inverse[2], lse[2];
+  const Position<> at(item.first_row + (warp_index() - 4) * kOutputRows, 0);
+  FinishedRows rows;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float sink = minus_infinity();
     if (Shape::kAnyVisibility && sees_sink(p.scores.sinks, sequence_of<Shape>(p, item), at.row(r)))
       sink = load_shared_f32(published + kItemSink);
-    inverse[r] = softmax.finish(r, sink, lse[r]) * factor;
+    const float factor = softmax.finish(r, sink, rows.lse[r]) * kept;
+    const bool inside = at.row(r) < item.q_len;
+    rows.factor[r] = inside ? factor : 0.0f;
+    rows.lse[r] = inside ? rows.lse[r] : minus_infinity();
   }
+  if constexpr (Shape::kStoreByTma) {
+    if (elect_one()) tma_store_wait_read();  // of the previous item
+    warp_barrier();
+  }
+  return rows;
+}
+
+// Writes them.
+template <class Element, class Shape>
+__device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem, uint32_t published,
+                                             const FinishedRows& rows, Fragment<2, Shape::kValueDim / 4>& o) {
+  const Problem& p = a.p;
+  const ForwardItem item = load_item<ForwardItem>(published);
+  const int warp = warp_index() - 4;  // among those that compute
+  const int warp_row = item.first_row + warp * kOutputRows;
+  const Position<> at(warp_row, 0);
   if (warp_row + kOutputRows > item.q_len) {  // rows past it are zero, not what 0 x NaN made of them
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (at.row(r) < item.q_len) continue;
-      inverse[r] = 0.0f;
 #pragma unroll
       for (int c = 0; c < Shape::kValueDim / 4; ++c) o.v[r][c] = 0.0f;
     }
@@ -38,17 +58,15 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
   if constexpr (Shape::kStoreByTma) {
     using Output = typename ForwardSmem<Shape>::Output;
     const uint32_t to = shared_address(smem.staged.output) + warp * Output::kBytes;
-    if (elect_one()) tma_store_wait_read();  // of the previous item
-    warp_barrier();
 #pragma unroll
     for (int block = 0; block < Shape::kValueDim / 16; ++block) {
-      uint32_t rows[4];
+      uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int c = 4 * block + i / 2 * 2;
-        rows[i] = pack<Element>(o.v[i % 2][c] * inverse[i % 2], o.v[i % 2][c + 1] * inverse[i % 2]);
+        words[i] = pack<Element>(o.v[i % 2][c] * rows.factor[i % 2], o.v[i % 2][c + 1] * rows.factor[i % 2]);
       }
-      store_matrix_x4(to + Output::offset_bytes(lane_index() % 16, 2 * block + lane_index() / 16), rows);
+      store_matrix_x4(to + Output::offset_bytes(lane_index() % 16, 2 * block + lane_index() / 16), words);
     }
     fence_async_shared();
     warp_barrier();
@@ -60,16 +78,12 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
       tma_store_commit();
     }
   } else {
-    store_rows<Element>(o, inverse, p.o, item.batch, item.head, warp_row, p.shape.q_len, p.shape.value_dim);
+    store_rows<Element>(o, rows.factor, p.o, item.batch, item.head, warp_row, p.shape.q_len, p.shape.value_dim);
   }
   // Last, because the fence above waits for all stores before it.
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int i = at.row(r);
-    if (lane_index() % 4 != 0 || i >= p.shape.q_len) continue;
-    const int64_t row = (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len + i;
-    store_global(p.lse + row, i < item.q_len ? lse[r] : minus_infinity());
-  }
+  float* lse = p.lse + (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len + at.row(0);
+  if (lane_index() % 4 == 0 && at.row(0) < p.shape.q_len) store_global(lse, rows.lse[0]);
+  if (lane_index() % 4 == 0 && at.row(1) < p.shape.q_len) store_global(lse + 8, rows.lse[1]);
 }
 
 }  // namespace jfa::sm90
