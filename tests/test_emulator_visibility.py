@@ -119,30 +119,6 @@ def test_an_order_of_another_entry_is_noticed():
         compare_batch((("common/visibility.cuh", entry, "order.tiles"),))
 
 
-# Ids of runs and their tokens: a warp looks for its tokens' run together, in blocks of 128 of which
-# some are mixed, and each token by itself where an id comes back, or is in many of them.
-RUNS = {
-    "runs": ([3, -1, 7, 5, 2**31 - 1, 0], [100, 60, 200, 1, 39, 300]),
-    "runs-short": (range(26), [27] * 26),
-    "runs-come-back": ([1, 2, 1, 9, 2, 4], [150, 100, 140, 30, 20, 200]),
-    "runs-interleaved": ([0, 1, 2] * 200, [1] * 600),
-}
-
-
-def of_runs(name):
-    ids = np.repeat(*map(np.asarray, RUNS[name]))
-    queries, keys = ids[-530:].tolist(), ids.tolist()
-    options = {"query_segment_ids": (queries,), "key_value_segment_ids": (keys,)}
-    return Case(name, 530, len(ids), batch=1, options=options)
-
-
-@pytest.mark.parametrize("route", ["sm90", "sm90-deterministic"])
-@pytest.mark.parametrize("runs", RUNS)
-def test_runs(runs, route):
-    case, options = on_route(of_runs(runs), route)
-    check(case, "bfloat16", **options)
-
-
 def garbage(kind, rng):
     """Options whose integers were never meant."""
     low, high = -(2**31), 2**31 - 1
@@ -284,9 +260,6 @@ MUTANTS = {
     "any-ids-a-run": (
         "common/segments.cuh", "return run.empty() ||", "return true ||",
         "sm90", "segments-mixed"),
-    "first-mixed-block-only": (
-        "common/segments.cuh", "mixed &= mixed - 1", "mixed = 0",
-        "sm90-deterministic", "runs"),
     "ids-where-the-first-lane-looks": (
         "common/segments.cuh", "max_over_warp(mine ? sight.of.end : 0)",
         "int(broadcast(sight.of.end))", "sm90-deterministic", "segments-causal"),
@@ -324,7 +297,7 @@ def run_mutant(route, name, edits):
         for x in desired:
             np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
     else:
-        make = of_lengths if name in LENGTHS else of_runs if name in RUNS else CASES.get
+        make = of_lengths if name in LENGTHS else CASES.get
         case, options = on_route(make(name), route)
         gradients = name != "by-length"  # edits are for the last pass that runs
         check(case, "bfloat16", edits=edits, gradients=gradients, **options)
