@@ -289,10 +289,9 @@ MUTANTS = {
     "no-wait-for-full": (
         "forward.cuh",
         "if (!is_full) mbarrier_wait(full + 8 * at.slot, at.parity);\n", "", "dense-127x129"),
-    "asked-and-not-listened": (
-        "forward.cuh", "is_full = mbarrier_test(", "is_full = mbarrier_test(full, 0) || (",
-        "dense-1000x1000"),
-    "answer-for-two": (
+    "answer-made-up": (
+        "forward.cuh", "mbarrier_test(full + 8 * at.slot, at.parity)", "true", "dense-1000x1000"),
+    "answer-for-two-places": (
         "forward.cuh", "    is_full = false;\n    const int slot", "    const int slot",
         "dense-1000x1000"),
     "early-release": (
@@ -324,7 +323,7 @@ MUTANTS = {
         "forward.cuh",
         "wgmma_wait<0>();\n      release(k_slot);\n      release_query(true);",
         "release_query(true);\n      wgmma_wait<0>();\n      release(k_slot);", "gqa-6-3-causal"),
-    "query-in-registers-too-late": (
+    "queries-of-the-item-before": (
         "forward.cuh", "      load_query();\n      store_output", "      store_output",
         "gqa-6-3-causal"),
 }  # fmt: skip

@@ -33,14 +33,14 @@ def test_runs(runs, route):
     check(case, "bfloat16", **options)
 
 
-def test_only_the_first_mixed_block_is_noticed():
+def test_mutant_of_runs_is_caught():
     case, options = on_route(of_runs("runs"), "sm90-deterministic")
     edits = (("common/segments.cuh", "mixed &= mixed - 1", "mixed = 0"),)
     with pytest.raises(AssertionError, match=r"csrc/|off by|at other"):
         check(case, "bfloat16", edits=edits, **options)
 
 
-# As ids of more than 1024 blocks are looked at, which no test here has the time for.
+# Blocks of ids grow where there are too many of them: past 131,072 tokens, or with this past 256.
 FEW_BLOCKS = ("common/segments.cuh", "kIdBlocks = 1024", "kIdBlocks = 2")
 
 
@@ -62,6 +62,6 @@ def test_runs_in_larger_blocks(runs):
     ],
     ids=["not-larger", "first-part-only"],
 )
-def test_blocks_that_are_too_small_are_noticed(edit):
+def test_mutant_of_larger_blocks_is_caught(edit):
     with pytest.raises(AssertionError, match=r"csrc/|off by|at other"):
         check_in_larger_blocks("runs-come-back", ("common/segments.cuh", *edit))

@@ -13,8 +13,8 @@ struct FinishedRows {
   float lse[2];     // -inf for those
 };
 
-// Of the item published at that address; `kept`: what dropout left is multiplied by. It needs nothing of the last
-// product, and runs beside it. The warp's outputs may be written to shared memory afterwards.
+// Ends their sums, for the item published at that address. `kept`: what dropout has left is multiplied by it. This
+// needs nothing of the last product, and runs beside it. The warp's place for outputs is free afterwards.
 template <class Shape>
 __device__ __forceinline__ FinishedRows finish_rows(const Problem& p, uint32_t published,
                                                     const LaggingSoftmax<2>& softmax, float kept) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ FinishedRows finish_rows(const Problem& p, uint32_t p
   return rows;
 }
 
-// Writes them.
+// Writes their outputs, and their log-sum-exp where they lie inside the tensor.
 template <class Element, class Shape>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem, uint32_t published,
                                              const FinishedRows& rows, Fragment<2, Shape::kValueDim / 4>& o) {
