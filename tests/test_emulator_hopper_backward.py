@@ -150,7 +150,7 @@ MUTANTS = {
         "backward.cuh", "mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);", "",
         "dense-127x129"),
     "keys-overwritten": (
-        "backward.cuh",
+        "backward_load.cuh",
         "mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);", "", "gqa-6-3-causal"),
     "stage-released-early": (
         "backward.cuh",
@@ -158,22 +158,33 @@ MUTANTS = {
         "arrive_for_lane(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
         "dense-1000x1000"),
     "ds-not-fenced": (
-        "backward.cuh", "fence_async_shared();\n      issue", "issue", "dense-127x129"),
+        "backward.cuh", "fence_async_shared();\n      if (adds)", "if (adds)", "dense-127x129"),
     "ds-not-complete": (
-        "backward.cuh", "named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);", "",
-        "dense-127x129"),
-    "statistics-of-an-old-stage": (
         "backward.cuh",
+        "if (adds) mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);", "",
+        "dense-127x129"),
+    "ds-overwritten": (
+        "backward_tiles.h", "constexpr int kDsPlaces = 3;", "constexpr int kDsPlaces = 2;",
+        "dense-1000x1000"),
+    "no-dq-of-an-items-last-tile": (
+        "backward.cuh", "if (!is_first) {\n      await_ds();", "if (false) {\n      await_ds();",
+        "dense-127x129"),
+    "keys-held-where-no-product-waits": (
+        "backward.cuh", "if (item.q_tiles > 0) {", "{", "alibi-lengths"),
+    "statistics-of-an-old-stage": (
+        "backward_load.cuh",
         "mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);\n#pragma", "#pragma",
         "dense-1000x1000"),
     "rows-not-cleaned": (
-        "backward.cuh", "return part.contains(first + row) && ", "return ", "poisoned"),
+        "backward_load.cuh", "return part.contains(first + row) && ", "return ", "poisoned"),
     "masked-gradients-not-hidden": (
         "../common/softmax.cuh", "ds = hidden ? 0.0f : x * (", "ds = x * (", "poisoned"),
     "masked-gradients-not-hidden-of-general-scores": (
         "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned-general"),
     "address-of-dq-left-behind": (
-        "backward.cuh", "dq_to += Layout::kTileFloats;", "", "dense-1000x1000"),
+        "backward.cuh", ": dq_before + Layout::kTileFloats;", ": dq_before;", "dense-1000x1000"),
+    "dq-added-a-tile-late": (
+        "backward.cuh", "row_before = i;", "row_before = i + Shape::kQ;", "cap"),
 }  # fmt: skip
 
 

@@ -274,7 +274,7 @@ MUTANTS = {
     "sinks-seen-by-a-window": (
         "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
     "rows-not-cleaned": (
-        "sm90/backward.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
+        "sm90/backward_load.cuh", "return sequence.sees(row);", "return true;", "sm90", "alone"),
     "gaps-not-looked-for": (
         "common/sequence.cuh", "x < end; x += kWarpThreads * kTableTile", "x < 0; x += 1",
         "sm90", "alone"),

@@ -5,148 +5,22 @@
 // query head of the group in turn. Warp 0 loads: K and V of an item, then Q and dO through a ring. Warp 1 reads the
 // rows' statistics, warp 2 loads a bias or a mask that TMA can copy. The warpgroups that compute own 64 keys each. They
 // compute S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T come out of the accumulators as operands from registers.
-// dS also goes through shared memory, transposed, and all warpgroups together make of it the tile's part of dQ, which
-// is added to an accumulator in device memory, in the order of the registers: see backward_tiles.h. store_dq() then
-// only scales, rounds and puts rows in order. In deterministic mode there is no dQ here.
+// dS also goes through shared memory, transposed, and one query tile later, when all warpgroups have written theirs,
+// they make of it together the tile's part of dQ, which is added to an accumulator in device memory, in the order of
+// the registers: see backward_tiles.h. store_dq() then only scales, rounds and puts rows in order. In deterministic
+// mode there is no dQ here. Where it pays, warpgroups take turns at issuing products, so that one's exponentials run
+// under the other's products.
 #pragma once
 
 #include "common/dropout.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
+#include "sm90/backward_load.cuh"
 #include "sm90/backward_products.cuh"
 #include "sm90/backward_staged.cuh"
-#include "sm90/backward_work.cuh"
 #include "sm90/store_rows.cuh"
 
 namespace jfa::sm90 {
-
-// The role of the warp that loads.
-template <class Shape>
-__device__ __forceinline__ void load_backward(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
-  using KeyTile = decltype(smem.k);
-  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
-  const uint32_t landed = shared_address(&smem.landed);
-  RingPosition<Shape::kStages> at(1);
-  uint32_t landed_parity = 0;
-
-  // Rows of a tile that take no part become zeros: what lies there belongs to others, and 0 x NaN is NaN. Those are
-  // rows outside `part`, and in it, where there are `gaps`, those of which takes_part() says so.
-  const auto load_tile = [&](auto type, const TensorMap& map, uint32_t to, uint32_t full, int first, Interval part,
-                             int length, bool gaps, const auto& takes_part, int head, int batch) {
-    using Tile = typename decltype(type)::type;
-    // Past `length`, the tensor's own, TMA writes zeros.
-    const bool clean = first < part.begin || part.end < min(first + Tile::kRows, length) || gaps;
-    if (elect_one()) {
-      const uint32_t mbarrier = clean ? landed : full;
-      mbarrier_arrive_expect(mbarrier, Tile::kBytes);
-#pragma unroll
-      for (int c = 0; c < Tile::kChunks; ++c) {
-        tma_load(to + c * Tile::kChunkBytes, map, mbarrier, c * kChunkCols, first, head, batch);
-      }
-    }
-    if (!clean) return;
-    mbarrier_wait(landed, landed_parity);
-    landed_parity ^= 1;
-    clean_rows<Tile>(to, [&](int row) { return part.contains(first + row) && takes_part(first + row); });
-    fence_async_shared();
-    arrive_for_warp(full);
-  };
-
-  int number = block_index();
-#pragma unroll 1
-  for (unsigned published = 0;; ++published) {
-    Interval rows{};
-    BackwardItem item{-1, 0, 0, 0, 0, 0, 0};
-    if (number < a.order.items) item = backward_item<Shape>(a, number, rows);
-    if (lane_index() == 0) {
-      store_item(shared_address(&smem.items[published % kBackwardItems]), item);
-      mbarrier_arrive(shared_address(&smem.item_ready[published % kBackwardItems]));
-    }
-    warp_barrier();
-    if (item.first_key < 0) break;
-    const Sequence sequence = sequence_of<Shape>(a.p, item);
-    const bool gaps = sequence.has_blind_rows(rows.begin, rows.end);  // and it has to be asked in which tiles
-    const auto load_rows = [&](const TensorMap& map, uint32_t to, uint32_t full, int h, int i) {
-      load_tile(
-          Type<QueryTile>{}, map, to, full, i, rows, a.p.shape.q_len, gaps && sequence.has_blind_rows(i, i + Shape::kQ),
-          [&](int row) { return sequence.sees(row); }, h, item.batch);
-    };
-    const auto load_q = [&](int h, int i) {
-      mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
-      load_rows(a.q, shared_address(smem.q[at.slot].bytes), shared_address(&smem.q_full[at.slot]), h, i);
-    };
-    const auto load_d_o = [&](int h, int i) {
-      load_rows(a.d_o, shared_address(smem.d_o[at.slot].bytes), shared_address(&smem.d_o_full[at.slot]), h, i);
-    };
-    const int group = a.p.shape.heads / a.p.shape.kv_heads;
-    bool early = item.q_tiles > 0;  // the first Q is on its way while the item before is being finished
-    if (early) load_q(item.kv_head * group, item.first_row);
-    mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);
-    const Interval all{item.first_key, item.first_key + Shape::kK};
-    const auto load_keys = [&](const TensorMap& map, uint32_t to, const Interval& part, bool gaps) {
-      load_tile(
-          Type<KeyTile>{}, map, to, shared_address(&smem.kv_full), item.first_key, part, a.p.shape.k_len, gaps,
-          [&](int key) { return sequence.is_seen(key); }, item.kv_head, item.batch);
-    };
-    const bool by_formula = sequence.is_formula() && item.q_tiles > 0;
-    load_keys(a.k, shared_address(smem.k.bytes), by_formula ? sequence.keys_of_rows(rows.begin, rows.end) : all,
-              sequence.has_unseen_keys(all.begin, all.end));
-    load_keys(a.v, shared_address(smem.v.bytes), all, false);
-#pragma unroll 1
-    for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
-#pragma unroll 1
-      for (int i = item.first_row; i < rows.end; i += Shape::kQ) {
-        if (!early) load_q(h, i);
-        early = false;
-        load_d_o(h, i);
-        at.advance();
-      }
-    }
-    // Drawn late, with the loads of two steps under way: one drawn early would wait while other blocks have nothing.
-    int drawn = 0;
-    if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
-    number = int(broadcast(drawn));
-  }
-}
-
-// The role of the warp that reads the rows' log-sum-exp and delta.
-template <class Shape>
-__device__ __forceinline__ void load_statistics(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
-  constexpr int kRowsPerLane = ceil_div(Shape::kQ, kWarpThreads);
-  RingPosition<Shape::kStages> at(1);
-#pragma unroll 1
-  for (unsigned taken = 0;; ++taken) {
-    const BackwardItem item = wait_for_item(smem, taken);
-    if (item.first_key < 0) break;
-    const int group = a.p.shape.heads / a.p.shape.kv_heads;
-#pragma unroll 1
-    for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
-#pragma unroll 1
-      for (int tile = 0; tile < item.q_tiles; ++tile) {
-        const int64_t origin = (int64_t(item.batch) * a.p.shape.heads + h) * a.p.shape.q_len;
-        float lse[kRowsPerLane], delta[kRowsPerLane];
-#pragma unroll
-        for (int n = 0; n < kRowsPerLane; ++n) {
-          const int i = item.first_row + tile * Shape::kQ + n * kWarpThreads + lane_index();
-          const bool inside = i < item.q_len;
-          lse[n] = inside ? load_global(a.p.lse + origin + i) : minus_infinity();
-          delta[n] = inside ? load_global(a.g.delta + origin + i) : 0.0f;
-        }
-        mbarrier_wait(shared_address(&smem.stage_free[at.slot]), at.parity);
-#pragma unroll
-        for (int n = 0; n < kRowsPerLane; ++n) {
-          const int row = n * kWarpThreads + lane_index();
-          if (row >= Shape::kQ) continue;
-          store_shared_f32(shared_address(&smem.rows[at.slot].lse_log2[row]), lse_in_log2_units(lse[n]));
-          store_shared_f32(shared_address(&smem.rows[at.slot].delta[row]), delta[n]);
-        }
-        arrive_for_lane(shared_address(&smem.q_full[at.slot]));
-        at.advance();
-      }
-    }
-    leave_item(smem, taken);
-  }
-}
 
 // Writes a warp's 16 finished rows of dK and dV; those past k_len are zero, not what 0 x NaN made of them.
 template <class Element, class Shape, bool kGeneral>
@@ -181,20 +55,23 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   // With registers to spare, P and dS are one block of instructions, and the address of dQ is kept from tile to tile
   // (d 128: 1 and 2 %, d 96: 6 to 7 % together).
   constexpr bool kRoomy = Shape::kWarpgroups == 2 && !kGeneral && !Shape::kMayDrop;
-  constexpr int kQueryPlace = QueryTile::kBytes / 16, kScorePlace = ScoreTile::kBytes / 16;  // in a descriptor's units
   const int warpgroup = warp_index() / 4 - 1;
   const int warp = warp_index() - 4;
-  const uint32_t own_rows = warpgroup * kWarpgroupRows * kRowBytes;
-  const uint32_t k_rows = descriptor(shared_address(smem.k.bytes) + own_rows);
-  const uint32_t v_rows = descriptor(shared_address(smem.v.bytes) + own_rows);
+  // All descriptors are made of two. Where each has its own, the compiler runs out of uniform registers, and keeps some
+  // in those of each lane.
+  using Smem = BackwardSmem<Shape>;
+  constexpr uint32_t kOwnRows = kWarpgroupRows * kRowBytes / 16, kQueryPlace = QueryTile::kBytes / 16;
+  constexpr uint32_t kScorePlace = ScoreTile::kBytes / 16;
+  const uint32_t base = descriptor(shared_address(smem.k.bytes));
+  const uint32_t k_rows = broadcast(base + warpgroup * kOwnRows);
+  const uint32_t v_rows = k_rows + (offsetof(Smem, v) - offsetof(Smem, k)) / 16;
   // What of K makes this warpgroup's share of dQ: all columns, or a chunk of 64.
   const int k_chunk = Shape::kShare == QueryShare::kColumns ? warpgroup : 0;
-  const uint32_t k_columns =
-      descriptor(shared_address(smem.k.bytes) + k_chunk * KeyTile::kChunkBytes, KeyTile::kChunkBytes);
-  const uint32_t q = descriptor(shared_address(smem.q[0].bytes), QueryTile::kChunkBytes);
-  const uint32_t d_o = descriptor(shared_address(smem.d_o[0].bytes), QueryTile::kChunkBytes);
-  const uint32_t ds =
-      descriptor(shared_address(smem.ds[0].bytes) + (Shape::kShare == QueryShare::kRows ? own_rows : 0));
+  const uint32_t k_columns = with_chunk_stride(base + k_chunk * (KeyTile::kChunkBytes / 16), KeyTile::kChunkBytes);
+  const uint32_t q = with_chunk_stride(base + (offsetof(Smem, q) - offsetof(Smem, k)) / 16, QueryTile::kChunkBytes);
+  const uint32_t d_o = q + (offsetof(Smem, d_o) - offsetof(Smem, q)) / 16;
+  const uint32_t ds = base + (offsetof(Smem, ds) - offsetof(Smem, k)) / 16 +
+                      (Shape::kShare == QueryShare::kRows ? warpgroup * kOwnRows : 0);
   // A lane's row of the four matrices it stores of dS for 16 queries: two along the keys, two along the queries.
   const uint32_t ds_place =
       shared_address(smem.ds[0].bytes) +
@@ -205,8 +82,17 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   const int band = Shape::kShare == QueryShare::kTurns ? warp % 4 : warp;
   const bool adds = !a.g.deterministic;  // to dQ
 
+  const auto await_turn = [&] {
+    if (Shape::kTakesTurns) named_barrier_sync(1 + warpgroup, 2 * kWarpgroupThreads);
+  };
+  const auto pass_turn = [&] {
+    if (Shape::kTakesTurns) named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads);
+  };
+  if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
+
   RingPosition<Shape::kStages> at(0);
-  int turn = 0;  // of kTurns: whose it is
+  ScorePlace ds_at;
+  int whose = 0;  // of kTurns: who makes dQ of the tile before
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
     const BackwardItem item = wait_for_item(smem, taken);
@@ -221,6 +107,13 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     dv.clear();
     mbarrier_wait(shared_address(&smem.kv_full), taken % 2);
 
+    HeldKeys<Shape::kHeldK> held_k;
+    HeldKeys<Shape::kHeldV> held_v;
+    if (item.q_tiles > 0) {  // else no product would wait for them, and their place would be given back too early
+      hold_keys<Shape::kHeldK>(held_k, smem.k, warp * 16);
+      hold_keys<Shape::kHeldV>(held_v, smem.v, warp * 16);
+    }
+
     int h = broadcast(item.kv_head) * group;
     int heads_left = item.q_tiles > 0 ? group : 0;
     int i = first_row;
@@ -229,7 +122,26 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       return dq_tile<Shape>(a.p, a.g, batch, head, row) + piece_offset<Layout>(band, 0) +
              lane_index() * Layout::kLaneFloats;
     };
-    float* dq_to = dq_of(h, first_row);  // follows i and h
+    // The tile before, whose part of dQ is made under this one.
+    bool is_first = true;  // there is none
+    int head_before = 0, row_before = 0;
+    float* dq_before = nullptr;
+    // Until all have written dS of that tile. Then the place that comes next is free as well: dQ of the tile two before
+    // had been made by the time its maker wrote that dS.
+    const auto await_ds = [&] {
+      if (adds) mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);
+    };
+    const auto makes_dq = [&] {
+      return adds && !is_first && (Shape::kShare != QueryShare::kTurns || whose == warpgroup);
+    };
+    const auto issue_dq = [&](QueryGradient<Shape>& dq) {
+      issue_query_gradient<Element, Shape>(dq, ds + ds_at.before() * kScorePlace, k_columns);
+    };
+    const auto add_dq = [&](QueryGradient<Shape>& dq) {
+      dq.settle_all();
+      if (band >= Layout::kBands) return;  // past the head dim
+      add_query_gradient<Shape>(kRoomy ? dq_before : dq_of(head_before, row_before), dq);
+    };
 #pragma unroll 1
     while (heads_left > 0) {
       const int slot = at.slot;
@@ -242,9 +154,11 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       uint32_t p_operand[Shape::kQ / 16][4], ds_operand[Shape::kQ / 16][4];
 
       mbarrier_wait(shared_address(&smem.q_full[slot]), at.parity);
-      issue_scores_transposed<Element, Shape>(s, k_rows, q + slot * kQueryPlace);
+      await_turn();
+      issue_scores_transposed<Element, Shape, Shape::kHeldK>(s, k_rows, held_k, q + slot * kQueryPlace);
       mbarrier_wait(shared_address(&smem.d_o_full[slot]), at.parity);
-      issue_scores_transposed<Element, Shape>(dp, v_rows, d_o + slot * kQueryPlace);
+      issue_scores_transposed<Element, Shape, Shape::kHeldV>(dp, v_rows, held_v, d_o + slot * kQueryPlace);
+      pass_turn();
 
       auto staged = [&] {
         if constexpr (Shape::kStagesScores) {
@@ -266,7 +180,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         to_operand<Element>(ds_operand, dp);
 #pragma unroll
         for (int step = 0; step < Shape::kQ / 16; ++step) {
-          store_matrix_x4_transposed(ds_place + slot * ScoreTile::kBytes + step * 16 * kRowBytes, ds_operand[step]);
+          store_matrix_x4_transposed(ds_place + ds_at.slot * ScoreTile::kBytes + step * 16 * kRowBytes,
+                                     ds_operand[step]);
         }
       };
       const auto with_rule = [&](const auto& use) {
@@ -279,6 +194,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
           with_rule(
               [&](const auto& rule, const auto& at, const auto& sequence) { rule.hide_transposed(s, at, sequence); });
         }
+        await_ds();
         wgmma_wait<0>();
         dp.settle_all();
         if (hides) {
@@ -307,6 +223,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
           const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
           DropoutBits(a.p, batch, h).template mark<true>(s, Position<>(first_key, i));
         }
+        await_ds();
         wgmma_wait<0>();
         dp.settle_all();
         if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
@@ -320,37 +237,46 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         round();
       }
       fence_async_shared();
+      if (adds) arrive_for_lane(shared_address(&smem.ds_full));
+      await_turn();
       issue_key_gradient<Element, Shape>(dv, p_operand, d_o + slot * kQueryPlace);
-
-      const bool mine = adds && (Shape::kShare != QueryShare::kTurns || turn == warpgroup);
-      if (mine) {
+      if (makes_dq()) {
         QueryGradient<Shape> dq;
-        named_barrier_sync(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);  // dS is complete
-        issue_query_gradient<Element, Shape>(dq, ds + slot * kScorePlace, k_columns);
+        issue_dq(dq);
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
+        pass_turn();
         wgmma_wait<1>();
-        dq.settle_all();
-        if (band < Layout::kBands) {  // else past the head dim
-          add_query_gradient<Shape>(kRoomy ? dq_to : dq_of(h, i), dq);
-        }
+        add_dq(dq);
       } else {
-        if (adds) named_barrier_arrive(1 + slot, Shape::kWarpgroups * kWarpgroupThreads);
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
+        pass_turn();
       }
+      if (kRoomy) dq_before = i == first_row ? dq_of(h, i) : dq_before + Layout::kTileFloats;
+      head_before = h;
+      row_before = i;
+      if (++whose == Shape::kWarpgroups) whose = 0;
+      is_first = false;
       wgmma_wait<0>();
       arrive_for_lane(shared_address(&smem.stage_free[slot]));  // its statistics were read by every lane
       at.advance();
-      if (Shape::kShare == QueryShare::kTurns && ++turn == Shape::kWarpgroups) turn = 0;
+      ds_at.advance();
       i += Shape::kQ;
-      dq_to += Layout::kTileFloats;
       if (i == end) {
         i = first_row;
         ++h;
         --heads_left;
-        dq_to = dq_of(h, first_row);
       }
     }
-    arrive_for_warp(shared_address(&smem.kv_free));
+    if (!is_first) {
+      await_ds();
+      if (makes_dq()) {
+        QueryGradient<Shape> dq;
+        issue_dq(dq);
+        wgmma_wait<0>();
+        add_dq(dq);
+      }
+    }
+    arrive_for_lane(shared_address(&smem.kv_free));
     dk.settle_all();
     dv.settle_all();
     store_key_gradients<Element, Shape, kGeneral>(
@@ -363,10 +289,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
   auto& smem = shared_memory<BackwardSmem<Shape>>();
   if (thread_index() == 0) {
     for (int n = 0; n < kBackwardItems; ++n) mbarrier_init(shared_address(&smem.item_ready[n]), 1);
-    mbarrier_init(shared_address(&smem.kv_full), 2);  // K and V
-    // Each warp that computes, and those that read statistics and load a bias or a mask.
-    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * 4 + 1 + Shape::kStagesScores);
+    mbarrier_init(shared_address(&smem.kv_full), 2 + kWarpThreads);  // K, V, and who may have written zeros there
+    // Each thread that computes, and the warps that read statistics and load a bias or a mask.
+    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * kWarpgroupThreads + 1 + Shape::kStagesScores);
     mbarrier_init(shared_address(&smem.landed), 1);
+    mbarrier_init(shared_address(&smem.ds_full), Shape::kWarpgroups * kWarpgroupThreads);
     for (int n = 0; n < Shape::kStages; ++n) {
       mbarrier_init(shared_address(&smem.q_full[n]), 1 + kWarpThreads);  // Q and the statistics
       mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * kWarpgroupThreads);

@@ -8,18 +8,35 @@
 
 namespace jfa::sm90 {
 
-// S^T = K Q^T, and dP^T = V dO^T: one warpgroup's 64 keys.
-template <class Element, class Shape>
+// As much of a warpgroup's 64 keys as registers hold, 16 columns a step: shared memory gives K and V no faster than the
+// products of scores take them.
+template <int kSteps>
+using HeldKeys = uint32_t[kSteps > 0 ? kSteps : 1][4];
+template <int kSteps, class KeyTile>
+__device__ __forceinline__ void hold_keys(HeldKeys<kSteps>& held, const KeyTile& keys, int first_row) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    load_matrix_x4(held[step], shared_address(keys.bytes) +
+                                   KeyTile::offset_bytes(first_row + lane_index() % 16, 2 * step + lane_index() / 16));
+  }
+}
+
+// S^T = K Q^T, and dP^T = V dO^T: one warpgroup's 64 keys, kHeld steps of which are held.
+template <class Element, class Shape, int kHeld>
 __device__ __forceinline__ void issue_scores_transposed(Fragment<2, Shape::kQ / 4>& s, uint32_t keys,
-                                                        uint32_t queries) {
+                                                        const HeldKeys<kHeld>& held, uint32_t queries) {
   constexpr int kKeyChunk = Tile<Shape::kK, Shape::kHeadDim>::kChunkBytes;
   constexpr int kQueryChunk = Tile<Shape::kQ, Shape::kHeadDim>::kChunkBytes;
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
-    Wgmma<Shape::kQ>::template ss<Element, false, false>(s.v, descriptor_at(keys, step / 4 * kKeyChunk + step % 4 * 32),
-                                                         descriptor_at(queries, step / 4 * kQueryChunk + step % 4 * 32),
-                                                         step != 0);
+    const uint64_t columns = descriptor_at(queries, step / 4 * kQueryChunk + step % 4 * 32);
+    if (step < kHeld) {
+      Wgmma<Shape::kQ>::template rs<Element, false>(s.v, held[step], columns, step != 0);
+    } else {
+      Wgmma<Shape::kQ>::template ss<Element, false, false>(
+          s.v, descriptor_at(keys, step / 4 * kKeyChunk + step % 4 * 32), columns, step != 0);
+    }
   }
   wgmma_commit();
 }
@@ -36,6 +53,18 @@ __device__ __forceinline__ void issue_key_gradient(Fragment<2, Shape::kHeadDim /
   }
   wgmma_commit();
 }
+
+// Where dS of a tile goes, while dQ of the tile before is made of the place before.
+struct ScorePlace {
+  int slot = 0;
+  uint32_t parity = 1;  // of the phase that ended when all had written dS of the tile before
+
+  __device__ __forceinline__ int before() const { return slot == 0 ? kDsPlaces - 1 : slot - 1; }
+  __device__ __forceinline__ void advance() {
+    parity ^= 1;
+    if (++slot == kDsPlaces) slot = 0;
+  }
+};
 
 // One warpgroup's share of dQ = dS K, or of its transposed.
 template <class Shape>

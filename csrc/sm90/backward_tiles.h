@@ -18,17 +18,24 @@ enum class QueryShare {
   kTurns,    // dQ^T as well, but all of it by one of them, another one in each step
 };
 
+// Tiles of dS in shared memory: one is written, of the one before dQ is made, and of the one before that another
+// warpgroup may still be making it.
+constexpr int kDsPlaces = 3;
+
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 keys. Tiles of kQ queries and of their dO
 // come through a ring of kStages places.
-template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads = kNothing>
+template <int kHeadDim_, int kWarpgroups_, int kQ_, QueryShare kShare_, unsigned kReads = kNothing,
+          bool kTakesTurns_ = false, int kHeldK_ = 0, int kHeldV_ = 0>
 struct BackwardTile : TileReads<kReads> {
-  using Seeing = BackwardTile<kHeadDim_, kWarpgroups_, kQ_, kShare_, kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kWarpgroups = kWarpgroups_;
   static constexpr int kQ = kQ_;
   static constexpr int kK = kWarpgroups * kWarpgroupRows;
   static constexpr int kStages = 2;
   static constexpr QueryShare kShare = kShare_;
+  static constexpr bool kTakesTurns = kTakesTurns_;         // at issuing products
+  static constexpr int kHeldK = kHeldK_, kHeldV = kHeldV_;  // steps of 16 columns that registers hold, of K and of V
+  static_assert(!kTakesTurns || kWarpgroups == 2, "two warpgroups pass a turn to each other");
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 
   // As in ForwardTile: the shares of the roles, in what the block has when it starts.
@@ -44,45 +51,52 @@ struct BackwardTile : TileReads<kReads> {
   static_assert(kShare != QueryShare::kTurns || kWideHeadDim == 64, "dQ^T in turns is one product, of 64 rows");
   static constexpr int kBarrierBytes = 1024;
   static constexpr int kSharedBytes = 2 * 2 * kK * kWideHeadDim + kStages * 2 * 2 * kQ * kWideHeadDim +
-                                      2 * 2 * kQ * kK + kStages * 2 * 4 * kQ +
+                                      kDsPlaces * 2 * kQ * kK + kStages * 2 * 4 * kQ +
                                       (TileReads<kReads>::kStagesScores ? kStages * 2 * kQ * kK : 0) + kBarrierBytes;
 };
 
-// For each head dim: what each kind of call runs. Dense: all queries see all keys. Figures are TFLOP/s of the whole
-// backward on an H200, 16384 tokens x 2048 columns in all, against the next best tile tried.
+// For each head dim: what each kind of call runs. Dense: all queries see all keys; Seeing: any visibility, plain
+// scores. Registers hold as much of K and V as they can without a spill. Figures are TFLOP/s of the whole backward on
+// an H200, 16384 tokens x 2048 columns in all, against the next best tile tried.
 template <int kHeadDim>
 struct BackwardTiles {
-  using Dense = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns>;  // 80 queries spill: 4k 500 against 512
+  static constexpr QueryShare kShare = QueryShare::kColumns;
+  // 4k: 552 (no turns: 552; nothing held: 535), 16k: 590 (581)
+  using Dense = BackwardTile<kHeadDim, 2, 64, kShare, kNothing, true, 2>;
   using Long = Dense;
   using Short = Long;
-  using General = typename Long::Seeing;
-  using Dropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
-  using Staging = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
-  using StagingDropping = BackwardTile<kHeadDim, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores | kDropout>;
-  // 64 queries spill while they read a bias
-  using Reading = BackwardTile<kHeadDim, 2, 32, QueryShare::kColumns, kVisibility | kScoreTensors>;
+  using Seeing = BackwardTile<kHeadDim, 2, 64, kShare, kVisibility, false, 2>;  // 568 (nothing held: 528)
+  using General = BackwardTile<kHeadDim, 2, 64, kShare, kVisibility>;
+  using Dropping = BackwardTile<kHeadDim, 2, 64, kShare, kVisibility | kDropout, false, 2>;
+  using Staging = BackwardTile<kHeadDim, 2, 64, kShare, kVisibility | kStagedScores>;
+  using StagingDropping = BackwardTile<kHeadDim, 2, 64, kShare, kVisibility | kStagedScores | kDropout>;
+  using Reading = BackwardTile<kHeadDim, 2, 32, kShare, kVisibility | kScoreTensors>;  // 64 queries spill
 };
 template <>
 struct BackwardTiles<96> {
-  using Dense = BackwardTile<96, 2, 64, QueryShare::kColumns>;  // 458 (80 queries: 461), causal 423 (416)
-  using Long = Dense;
+  static constexpr QueryShare kShare = QueryShare::kColumns;
+  using Dense = BackwardTile<96, 2, 64, kShare, kNothing, true, 6, 3>;  // 523 (no turns: 506, nothing held: 487)
+  using Long = Dense;                                                   // causal 471 (465, 440)
   using Short = Long;
-  using General = Long::Seeing;
-  using Dropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kDropout>;
-  using Staging = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores>;
-  using StagingDropping = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kStagedScores | kDropout>;
-  using Reading = BackwardTile<96, 2, 64, QueryShare::kColumns, kVisibility | kScoreTensors>;
+  using Seeing = BackwardTile<96, 2, 64, kShare, kVisibility, false, 6, 3>;  // 514 (nothing held: 493)
+  using General = BackwardTile<96, 2, 64, kShare, kVisibility, false, 6, 2>;
+  using Dropping = BackwardTile<96, 2, 64, kShare, kVisibility | kDropout, false, 6, 3>;
+  using Staging = BackwardTile<96, 2, 64, kShare, kVisibility | kStagedScores, false, 6, 2>;
+  using StagingDropping = BackwardTile<96, 2, 64, kShare, kVisibility | kStagedScores | kDropout, false, 6, 2>;
+  using Reading = BackwardTile<96, 2, 64, kShare, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardTiles<64> {
-  using Dense = BackwardTile<64, 3, 64, QueryShare::kTurns>;  // 4k: 467 (2 warpgroups, 128 queries: 408)
-  using Long = Dense;                                         // causal 4k: 449 (423)
+  static constexpr QueryShare kShare = QueryShare::kTurns;
+  using Dense = BackwardTile<64, 3, 64, kShare>;              // 4k: 492 (2 warpgroups, all of K and V held: 475)
+  using Long = Dense;                                         // causal 4k: 461 (440)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
-  using General = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility>;
-  using Dropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kDropout>;
-  using Staging = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kStagedScores>;
-  using StagingDropping = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kStagedScores | kDropout>;
-  using Reading = BackwardTile<64, 2, 64, QueryShare::kTurns, kVisibility | kScoreTensors>;
+  using Seeing = BackwardTile<64, 2, 64, kShare, kVisibility, false, 4, 4>;  // 473 (nothing held: 444)
+  using General = Seeing;
+  using Dropping = BackwardTile<64, 2, 64, kShare, kVisibility | kDropout, false, 4, 4>;
+  using Staging = BackwardTile<64, 2, 64, kShare, kVisibility | kStagedScores, false, 4, 4>;
+  using StagingDropping = BackwardTile<64, 2, 64, kShare, kVisibility | kStagedScores | kDropout, false, 4, 4>;
+  using Reading = BackwardTile<64, 2, 64, kShare, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are general.
@@ -101,7 +115,7 @@ auto with_backward_tile(const Problem& p, F&& f) {
   if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
   if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
   if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  if (!is_formula(p.visibility)) return f(Type<typename Tiles::General>{}, std::false_type{});
+  if (!is_formula(p.visibility)) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
   if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});

@@ -46,13 +46,14 @@ struct BackwardSmem {
   struct NoScores {};
   Tile<Shape::kK, Shape::kHeadDim> k, v;
   Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages], d_o[Shape::kStages];
-  Tile<Shape::kQ, Shape::kK> ds[Shape::kStages];
+  Tile<Shape::kQ, Shape::kK> ds[kDsPlaces];
   std::conditional_t<Shape::kStagesScores, Scores, NoScores> staged;
   alignas(16) Stage rows[Shape::kStages];  // full with q
   alignas(8) uint64_t q_full[Shape::kStages], d_o_full[Shape::kStages];
   uint64_t staged_full[Shape::kStages];
   uint64_t stage_free[Shape::kStages];  // of Q, dO, the statistics, and what is staged
   uint64_t kv_full, kv_free;
+  uint64_t ds_full;
   uint64_t landed;  // a tile that has to be cleaned before it is full
   uint64_t item_ready[kBackwardItems];
   BackwardItem items[kBackwardItems];

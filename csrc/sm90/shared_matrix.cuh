@@ -68,6 +68,10 @@ __device__ __forceinline__ void clean_rows(uint32_t tile, const Keep& keep) {
 __device__ __forceinline__ uint32_t descriptor(uint32_t address, int chunk_stride_bytes = 16) {
   return broadcast(uint32_t(chunk_stride_bytes) / 16 << 16 | (address & 0x3ffff) >> 4);
 }
+// A low word made without such a stride, with it.
+__device__ __forceinline__ uint32_t with_chunk_stride(uint32_t low, int chunk_stride_bytes) {
+  return low + (uint32_t(chunk_stride_bytes) / 16 - 1 << 16);
+}
 __device__ __forceinline__ uint64_t descriptor_at(uint32_t low, int offset_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   constexpr uint64_t kGroupStride = uint64_t(kSwizzleBytes / 16) << 32;
