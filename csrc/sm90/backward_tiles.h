@@ -56,12 +56,12 @@ struct BackwardTile : TileReads<kReads> {
 };
 
 // For each head dim: what each kind of call runs. Dense: all queries see all keys; Seeing: any visibility, plain
-// scores. Registers hold as much of K and V as they can without a spill. Figures are TFLOP/s of the whole backward on
-// an H200, 16384 tokens x 2048 columns in all, against the next best tile tried.
+// scores. Registers hold as much of K and V as they can without a spill (of Reading it was not tried). Figures are
+// TFLOP/s of the whole backward on an H200, 16384 tokens x 2048 columns in all, against the next best tile tried.
 template <int kHeadDim>
 struct BackwardTiles {
   static constexpr QueryShare kShare = QueryShare::kColumns;
-  // 4k: 552 (no turns: 552; nothing held: 535), 16k: 590 (581)
+  // 4k: 552 (no turns: 552, nor anything held: 530), causal 503 (503, 492), 16k: 590 (no turns: 581)
   using Dense = BackwardTile<kHeadDim, 2, 64, kShare, kNothing, true, 2>;
   using Long = Dense;
   using Short = Long;
@@ -75,8 +75,8 @@ struct BackwardTiles {
 template <>
 struct BackwardTiles<96> {
   static constexpr QueryShare kShare = QueryShare::kColumns;
-  using Dense = BackwardTile<96, 2, 64, kShare, kNothing, true, 6, 3>;  // 523 (no turns: 506, nothing held: 487)
-  using Long = Dense;                                                   // causal 471 (465, 440)
+  using Dense = BackwardTile<96, 2, 64, kShare, kNothing, true, 6, 3>;  // 523 (no turns: 506)
+  using Long = Dense;                                                   // causal 471 (465)
   using Short = Long;
   using Seeing = BackwardTile<96, 2, 64, kShare, kVisibility, false, 6, 3>;  // 514 (nothing held: 493)
   using General = BackwardTile<96, 2, 64, kShare, kVisibility, false, 6, 2>;
@@ -88,8 +88,8 @@ struct BackwardTiles<96> {
 template <>
 struct BackwardTiles<64> {
   static constexpr QueryShare kShare = QueryShare::kTurns;
-  using Dense = BackwardTile<64, 3, 64, kShare>;              // 4k: 492 (2 warpgroups, all of K and V held: 475)
-  using Long = Dense;                                         // causal 4k: 461 (440)
+  using Dense = BackwardTile<64, 3, 64, kShare>;              // 4k: 492 (2 warpgroups, K and V held: 473)
+  using Long = Dense;                                         // causal 4k: 461 (436)
   using Short = BackwardTile<64, 2, 128, QueryShare::kRows>;  // 1k: 386 (371); causal 1k: 291 (295)
   using Seeing = BackwardTile<64, 2, 64, kShare, kVisibility, false, 4, 4>;  // 473 (nothing held: 444)
   using General = Seeing;
