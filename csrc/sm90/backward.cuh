@@ -126,8 +126,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     bool is_first = true;  // there is none
     int head_before = 0, row_before = 0;
     float* dq_before = nullptr;
-    // Until all have written dS of that tile. Then the place that comes next is free as well: dQ of the tile two before
-    // had been made by the time its maker wrote that dS.
+    // Until all have written dS of that tile. Then the next place is free as well: it held the tile three before, and
+    // whoever makes dQ of that had done so before writing.
     const auto await_ds = [&] {
       if (adds) mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);
     };
