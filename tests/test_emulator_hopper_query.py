@@ -28,13 +28,15 @@ def test_general_scores(case, dtype):
     check(case, dtype, **ROUTE, **options)
 
 
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("scores", ["plain", "general", "seeing"])
 @pytest.mark.parametrize("dims", [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)])
-def test_every_place_is_used_again(dims, general):
+def test_every_place_is_used_again(dims, scores):
     options = {"is_causal": True, "causal_alignment": "bottom_right"}
+    if scores == "seeing":  # what is read from a table
+        options["prefix_lengths"] = (130,)
     extents = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": dims[0], "value_dim": dims[1]}
     case = Case("query-rings", 300, 700, **extents, options=options)
-    check(case, "bfloat16", **ROUTE, general=general, multiprocessors=1)
+    check(case, "bfloat16", **ROUTE, general=scores == "general", multiprocessors=1)
 
 
 @pytest.mark.parametrize("extents", [(65, 0), (0, 65)], ids=["no-keys", "no-queries"])
@@ -108,6 +110,17 @@ MUTANTS = {
         "      arrive_for_warp(full);", "lengths-key"),
     "sums-of-two-items": (KERNEL, "accumulate = !first;", "accumulate = true;", "gqa-6-3-causal"),
 }  # fmt: skip
+# Of the tile that gives dP a turn of its own.
+TWO_TURNS = "    if constexpr (Shape::kTwoTurns) {\n"
+MUTANTS_OF_TWO_TURNS = {
+    "values-not-awaited": (
+        KERNEL, TWO_TURNS + "      mbarrier_wait(v_full + 8 * v_at.slot, v_at.parity);\n",
+        TWO_TURNS),
+    "scores-not-awaited": (
+        KERNEL, "wgmma_wait<Shape::kTwoTurns ? 0 : 1>();", "wgmma_wait<1>();"),
+    "turn-not-passed": (
+        KERNEL, "      issue_dp();\n      pass_turn();\n", "      issue_dp();\n"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -117,3 +130,11 @@ def test_mutant_is_caught(mutant):
     for seed in range(3):
         with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
             check(CASES[name], "bfloat16", **ROUTE, multiprocessors=1, seed=seed, edits=edits)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS_OF_TWO_TURNS)
+def test_mutant_of_two_turns_is_caught(mutant):
+    case = dataclasses.replace(CASES["causal-bottom_right-129x65"], head_dim=256, k_len=200)
+    run = {**ROUTE, "multiprocessors": 1, "edits": (MUTANTS_OF_TWO_TURNS[mutant],)}
+    with pytest.raises(AssertionError, match=r"csrc/|off by|inf at other|NaN at other"):
+        check(case, "bfloat16", **run)

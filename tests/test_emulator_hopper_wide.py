@@ -204,10 +204,7 @@ MUTANTS = {
     "stage-of-the-other-block-not-waited-for": (
         "gqa-6-3-causal", CLUSTER_DIMS,
         (KERNEL, "mbarrier_arrive_remote(free, other)", ""),
-        (KERNEL, "q_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1)",
-         "q_free[stage]), kWarpgroupThreads + 1"),
-        (KERNEL, "d_o_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1)",
-         "d_o_free[stage]), kWarpgroupThreads + 1")),
+        (KERNEL, "kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1)", "kWarpgroupThreads + 1")),
     "keys-given-back-before-they-are-read": (
         "lengths-key", (192, 128), (KERNEL, "if constexpr (kHeld > 0) settle_loads(held);", "")),
     "block-leaves-the-cluster": (

@@ -199,7 +199,7 @@ MUTANTS_OF_OTHER_KERNELS = {
         BIASED),
     "wide-bias-given-back-while-it-is-read": (192, WIDE, "staged.settle();", "", BIASED),
     "wide-mask-not-awaited": (
-        192, WIDE, "1 + kWarpThreads + Shape::kStagesScores", "1 + kWarpThreads", MASKED),
+        192, WIDE, "kWhoFills + Shape::kStagesScores", "kWhoFills", MASKED),
     "wide-mask-of-the-first-rows": (
         192, WIDE_LOADER, "item.first_key, row,", "item.first_key, item.first_row,", MASKED),
     "wide-item-not-kept": (

@@ -4,8 +4,9 @@
 // Persistent blocks, built like the forward: warp 0 loads by TMA, and numbers the work; warp 1 loads a bias or a mask
 // that TMA can copy, as forward_staged.cuh has it; the warpgroups that compute own 64 query rows each, and take turns
 // at issuing. In its turn a warpgroup issues dQ += dS(t-1) K(t-1), S(t) = Q K' and dP(t) = dO V'; it computes dS(t)
-// under the products of the others. Between two items nothing changes but Q and dO: the old dQ is stored under the new
-// item's first scores.
+// under the products of the others. Where values have one place, dP(t) has a turn of its own: both warpgroups read the
+// values one after the other, and the next have twice as long to come. Between two items nothing changes but Q and dO:
+// the old dQ is stored under the new item's first scores.
 #pragma once
 
 #include "common/dropout.cuh"
@@ -174,18 +175,23 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     }
     if (first) mbarrier_wait(shared_address(&smem.rows_full[rows_at.slot][warpgroup]), rows_at.parity);
     issue_product<Element, Shape::kHeadDim, Shape::kK>(s, q + rows_at.slot * kRowsPlace, k + k_slot * kKeysPlace);
-    mbarrier_wait(v_full + 8 * v_at.slot, v_at.parity);
-    issue_product<Element, Shape::kValueDim, Shape::kK>(dp, d_o + rows_at.slot * kRowsPlace,
-                                                        v + v_at.slot * kValuesPlace);
+    const auto issue_dp = [&] {
+      issue_product<Element, Shape::kValueDim, Shape::kK>(dp, d_o + rows_at.slot * kRowsPlace,
+                                                          v + v_at.slot * kValuesPlace);
+    };
+    if constexpr (!Shape::kTwoTurns) {
+      mbarrier_wait(v_full + 8 * v_at.slot, v_at.parity);
+      issue_dp();
+    }
     pass_turn();
     if (first) begin_rows();
     staged.load_ahead();
 
-    wgmma_wait<2>();
+    wgmma_wait<Shape::kTwoTurns ? 1 : 2>();
     if (last_k_slot >= 0) release(k_free + 8 * last_k_slot);
     if (first && taken > 1) store(taken - 2);
 
-    wgmma_wait<1>();
+    wgmma_wait<Shape::kTwoTurns ? 0 : 1>();
     if constexpr (kGeneral) s.settle_all();  // or the compiler looks at the scores before they have been waited for
     const bool hides = ScoreRule<kGeneral>::template may_hide<Shape::kReadsScores>(unmasked, j, j + Shape::kK);
     if (kGeneral || hides) apply_rule(s, hides, slopes);
@@ -200,6 +206,12 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
       DropoutBits(a.p, item.batch, item.head).template mark<false>(s, Position<>(row, j));
     }
 
+    if constexpr (Shape::kTwoTurns) {
+      mbarrier_wait(v_full + 8 * v_at.slot, v_at.parity);
+      await_turn();
+      issue_dp();
+      pass_turn();
+    }
     wgmma_wait<0>();
     if constexpr (kGeneral) dp.settle_all();  // as the scores above
     release(v_free + 8 * v_at.slot);

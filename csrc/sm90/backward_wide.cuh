@@ -75,7 +75,8 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
   const bool one_thread = thread_index() % kWarpgroupThreads == 0;
   const int other = Shape::kCluster > 1 ? cluster_rank() ^ 1 : 0;
 
-  RingPosition<Shape::kStages> first_at(0), second_at(0);
+  RingPosition<First::kStages> first_at(0);
+  RingPosition<Second::kStages> second_at(0);
   RingPosition<Shape::kPlaces> p_at(kOfValues ? 1 : 0);
   RingPosition<kBackwardWideItems> item_at(0);
   uint32_t resident_parity = 0;
@@ -354,15 +355,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_wide(const __grid
     mbarrier_init(shared_address(&smem.v_full), 1);
     mbarrier_init(shared_address(&smem.k_free), 4);
     mbarrier_init(shared_address(&smem.v_free), 4);
-    for (int stage = 0; stage < Shape::kStages; ++stage) {
-      // The rows and their statistics, and what is staged.
-      mbarrier_init(shared_address(&smem.q_full[stage]), 1 + kWarpThreads + Shape::kStagesScores);
-      mbarrier_init(shared_address(&smem.d_o_full[stage]), 1 + kWarpThreads);
+    // The rows and their statistics, and what is staged.
+    constexpr int kWhoFills = 1 + kWarpThreads;
+    // Each lane that reads the statistics, and the warpgroup that accumulates; of the other block the warpgroups.
+    constexpr int kWhoFrees = kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1);
+    for (int stage = 0; stage < Shape::kQueryStages; ++stage) {
+      mbarrier_init(shared_address(&smem.q_full[stage]), kWhoFills + Shape::kStagesScores);
       mbarrier_init(shared_address(&smem.q_landed[stage]), 1);
+      mbarrier_init(shared_address(&smem.q_free[stage]), kWhoFrees);
+    }
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      mbarrier_init(shared_address(&smem.d_o_full[stage]), kWhoFills);
       mbarrier_init(shared_address(&smem.d_o_landed[stage]), 1);
-      // Each lane that reads the statistics, and the warpgroup that accumulates; of the other block the warpgroups.
-      mbarrier_init(shared_address(&smem.q_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1));
-      mbarrier_init(shared_address(&smem.d_o_free[stage]), kWarpgroupThreads + (Shape::kCluster > 1 ? 3 : 1));
+      mbarrier_init(shared_address(&smem.d_o_free[stage]), kWhoFrees);
     }
     for (int place = 0; place < Shape::kPlaces; ++place) {
       mbarrier_init(shared_address(&smem.p_full[place]), kWarpgroupThreads);

@@ -17,7 +17,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
   const uint32_t item_full = shared_address(smem.item_full), item_free = shared_address(smem.item_free);
   const jfa::Shape& shape = a.p.shape;
   const int group = shape.heads / shape.kv_heads;
-  RingPosition<Shape::kStages> at(1);
+  RingPosition<Stream::kStages> at(1);
   RingPosition<kBackwardWideItems> item_at(kOfQueries ? 1 : 0);
   uint32_t resident_parity = 1, landed_parities = 0;  // the latter a bit for each stage
   const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
 template <class Shape>
 __device__ __forceinline__ void load_staged(const BackwardWideArguments& a, BackwardWideSmem<Shape>& smem) {
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
-  RingPosition<Shape::kStages> at(1);
+  RingPosition<Shape::kQueryStages> at(1);
   RingPosition<kBackwardWideItems> item_at(0);
 #pragma unroll 1
   for (;; item_at.advance()) {

@@ -36,7 +36,7 @@ constexpr int kBackwardWideItemWords = 8;
 
 template <class Shape>
 struct BackwardWideScores {
-  Tile<Shape::kQ, Shape::kKeys> scores[Shape::kStages];  // a mask takes half of a place
+  Tile<Shape::kQ, Shape::kKeys> scores[Shape::kQueryStages];  // a mask takes half of a place
 };
 
 template <class Shape>
@@ -45,20 +45,20 @@ struct BackwardWideSmem : std::conditional_t<Shape::kStagesScores, BackwardWideS
   using StagedMask = ByteTile<Shape::kQ, Shape::kKeys>;
   Tile<Shape::kKeys, Shape::kHeadDim> k;
   Tile<Shape::kKeys, Shape::kValueDim> v;
-  Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kStages];
+  Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kQueryStages];
   Tile<Shape::kQ, Shape::kValueDim> d_o[Shape::kStages];
   alignas(16) float p[Shape::kPlaces][Shape::kKeys * Shape::kQ];
-  alignas(16) float lse_log2[Shape::kStages][Shape::kQ];
+  alignas(16) float lse_log2[Shape::kQueryStages][Shape::kQ];
   float delta[Shape::kStages][Shape::kQ];
   alignas(16) uint32_t items[kBackwardWideItems][kBackwardWideItemWords];
   uint64_t item_full[kBackwardWideItems], item_free[kBackwardWideItems];
   uint64_t k_full, k_free, v_full, v_free;
-  uint64_t q_full[Shape::kStages], q_free[Shape::kStages];  // with the queries, what is staged
+  uint64_t q_full[Shape::kQueryStages], q_free[Shape::kQueryStages];  // with the queries, what is staged
   uint64_t d_o_full[Shape::kStages], d_o_free[Shape::kStages];
   uint64_t p_full[Shape::kPlaces], p_free[Shape::kPlaces];
   // Of tiles of which rows have to be cleaned before they are full. One for each stage: the other block of a cluster
   // may be at its next such tile already, and bytes that it loads must not end the wait for this one's.
-  uint64_t q_landed[Shape::kStages], d_o_landed[Shape::kStages];
+  uint64_t q_landed[Shape::kQueryStages], d_o_landed[Shape::kStages];
   uint64_t drawn_ready[kBackwardWideItems];  // in the second block of a cluster: what the first has drawn for both
   uint32_t drawn[kBackwardWideItems];
 };
@@ -68,6 +68,7 @@ struct BackwardWideSmem : std::conditional_t<Shape::kStagesScores, BackwardWideS
 template <class Shape, bool kOfQueries>
 struct BackwardWideStream {
   static constexpr int kDim = kOfQueries ? Shape::kHeadDim : Shape::kValueDim;
+  static constexpr int kStages = kOfQueries ? Shape::kQueryStages : Shape::kStages;
   using Resident = Tile<Shape::kKeys, kDim>;
   using Streamed = Tile<Shape::kQ, kDim>;
   uint32_t resident, streamed, statistics;
