@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import math
 
 import numpy as np
@@ -72,26 +73,44 @@ _OTHER_TYPE = {
 }
 
 
-def library(head_dim, family, backward, edits=(), dtype=None):
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """What is compiled of edited kernels: for one call, since compiling takes longer than that.
+
+    Attributes:
+      edits: as of build().
+      dtype: "float16" or "bfloat16".
+      choices: the Hopper family's kernels, as JFA_CHOICES in kernels.cc; empty: all.
+    """
+
+    edits: tuple[tuple[str, str, str], ...]
+    dtype: str
+    choices: str
+
+
+def library(head_dim, family, backward, mutant=None):
     """One pass of a family, compiled for head dims up to one of HEAD_DIMS.
 
     Args:
       head_dim: the largest.
-      family: "sm80" or "sm90".
+      family: "sm80" or "sm90"; None: no kernels, only what says which ones a call needs.
       backward: that pass, or the forward.
-      edits: as of build(): a mutant, for dtype alone and not optimised, since compiling it takes
-        longer than running it.
-      dtype: "float16" or "bfloat16".
+      mutant: a Mutant, if edited.
     """
-    flags = ()
+    flags, edits = (), ()
     defines = (
-        f"JFA_HEAD_DIMS={head_dim}", f"JFA_FAMILY={family[2:]}", f"JFA_BACKWARD={int(backward)}",
+        f"JFA_HEAD_DIMS={head_dim}", f"JFA_FAMILY={family[2:] if family else 0}",
+        f"JFA_BACKWARD={int(backward)}",
     )  # fmt: skip
-    if edits:
-        flags, edits = ("-O0",), (*edits, _OTHER_TYPE[dtype])
+    if mutant or not family:
+        flags = ("-Og",)
+    if mutant:
+        edits = (*mutant.edits, _OTHER_TYPE[mutant.dtype])
+        defines += (f"JFA_CHOICES={mutant.choices}",) if mutant.choices else ()
     loaded = build("kernels.cc", *flags, defines=defines, edits=edits)
     loaded.call_bytes.restype = ctypes.c_uint64
     loaded.scratch_floats.restype = ctypes.c_int64
+    loaded.choices.restype = ctypes.c_char_p
     if loaded.call_bytes() != ctypes.sizeof(_Call):
         raise TypeError("Call in kernels.cc and _Call in kernels.py differ")
     return loaded
@@ -156,9 +175,18 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         call.bias = _scores(memory.input("bias", bias), bias)
         call.mask = _scores(memory.input("mask", mask), mask)
 
-    # Each in a thread, since compiling takes long; edits are the last's.
-    compilations = [(dim, family, True, edits, dtype)] if gradients else []
-    compilations.insert(0, (dim, family, False, () if gradients else edits, dtype))
+    mutant = None
+    if edits:
+        choices = ""
+        if family == "sm90":
+            with Device(library(dim, None, False), **device) as memory:
+                prepare(memory)
+                choices = _choices(memory, call, gradients)
+        mutant = Mutant(edits, dtype, choices)
+
+    # Each in a thread, since compiling takes long; the last is the mutant.
+    compilations = [(dim, family, True, mutant)] if gradients else []
+    compilations.insert(0, (dim, family, False, None if gradients else mutant))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         forward, *backward = pool.map(lambda arguments: library(*arguments), compilations)
 
@@ -194,6 +222,12 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
             results["bias"] = d_bias.astype(bias.dtype)
         results.session.add(memory.session)
     return results
+
+
+def _choices(memory, call, is_backward):
+    """Mutant's choices, of the last pass that runs."""
+    arguments = ctypes.byref(memory.session), ctypes.byref(call), int(is_backward)
+    return memory.library.choices(*arguments).decode()
 
 
 def _add_scratch(memory, call, family, name, is_backward=False):
