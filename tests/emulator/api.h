@@ -1,9 +1,9 @@
 // What Python sees of the machine, the same in every library that emulator.py builds.
 #pragma once
 
-#include "grid.h"
+#include <cstdio>
 
-extern "C" {
+#include "grid.h"
 
 // How to run a call, and what came of it. Mirrored in emulator.py.
 struct Session {
@@ -13,17 +13,6 @@ struct Session {
   emulator::Counters counters;
   char fault[4096];
 };
-
-inline __attribute__((used)) emulator::GlobalMemory* memory_create() { return new emulator::GlobalMemory(); }
-inline __attribute__((used)) void memory_destroy(emulator::GlobalMemory* memory) { delete memory; }
-inline __attribute__((used)) void* memory_allocate(emulator::GlobalMemory* memory, const char* name, void* host,
-                                                   uint64_t bytes, int kind) {
-  return memory->allocate(name, host, bytes, static_cast<emulator::GlobalMemory::Kind>(kind));
-}
-inline __attribute__((used)) void memory_check_outputs(const emulator::GlobalMemory* memory, Session* session) {
-  snprintf(session->fault, sizeof(session->fault), "%s", memory->unwritten_output().c_str());
-}
-}
 
 namespace emulator {
 

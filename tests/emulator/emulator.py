@@ -112,7 +112,7 @@ def build(
             (csrc / name).write_text(content.replace(old, new))
         command = [*_compiler(flags), *(f"-D{define}" for define in defines)]
         command += ["-I", str(csrc), "-include", str(_precompiled(flags))]
-        command += ["-shared", "-Wl,-Bsymbolic", str(HERE / source)]
+        command += ["-shared", "-Wl,-Bsymbolic", str(HERE / source), str(_machine(flags))]
         _run([*command, "-o", str(folder / library.name)])
 
     make_once(library, compile_into)
@@ -135,6 +135,19 @@ def _precompiled(flags: tuple[str, ...]) -> pathlib.Path:
 
     make_once(header, compile_into)
     return header
+
+
+def _machine(flags: tuple[str, ...]) -> pathlib.Path:
+    """What machine.cc becomes: optimised whatever the library is, since all need the same."""
+    flags = tuple(flag for flag in flags if not flag.startswith("-O"))
+    machine = _cache() / f"machine_{_digest(flags, HERE)}.o"
+
+    def compile_into(folder: pathlib.Path) -> None:
+        command = [*_compiler(flags), "-include", str(_precompiled(flags))]
+        _run([*command, "-c", str(HERE / "machine.cc"), "-o", str(folder / machine.name)])
+
+    make_once(machine, compile_into)
+    return machine
 
 
 def _compiler(flags: tuple[str, ...]) -> list[str]:

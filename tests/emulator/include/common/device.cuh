@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "elements.h"
-#include "report.h"
+#include "machine.h"
 #include "tma.h"
 
 namespace jfa {

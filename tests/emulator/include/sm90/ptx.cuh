@@ -160,12 +160,12 @@ inline void store_matrix_x4_transposed(uint32_t address, const uint32_t (&r)[4],
   });
 }
 
-inline void wgmma_fence(Site site = {}) { emulator::WarpgroupModel({"wgmma_fence", site}).fence(); }
-inline void wgmma_commit(Site site = {}) { emulator::WarpgroupModel({"wgmma_commit", site}).commit(); }
+inline void wgmma_fence(Site site = {}) { emulator::fence_products({"wgmma_fence", site}); }
+inline void wgmma_commit(Site site = {}) { emulator::commit_products({"wgmma_commit", site}); }
 template <int kPending>
 inline void wgmma_wait(Site site = {}) {
   static_assert(kPending >= 0 && kPending <= 7);
-  emulator::WarpgroupModel({"wgmma_wait", site}).wait(kPending);
+  emulator::wait_for_products(kPending, {"wgmma_wait", site});
 }
 
 template <class Element>
@@ -188,14 +188,14 @@ struct Wgmma {
     static_assert(sizeof(Element) == 2 || (!kTransposedA && !kTransposedB));
     constexpr int kKind = element_kind<Element>();
     const emulator::ProductForm form = {kN, kKind, kKind, false, kTransposedA, kTransposedB, accumulate, a, b};
-    emulator::WarpgroupModel({"wgmma", site}).issue(form, order(d), nullptr);
+    emulator::issue_product(form, order(d), nullptr, {"wgmma", site});
   }
   template <class Element, bool kTransposedB>
   static void rs(float (&d)[2][kN / 4], const uint32_t (&a)[4], uint64_t b, bool accumulate, Site site = {}) {
     static_assert(sizeof(Element) == 2 || !kTransposedB);
     constexpr int kKind = element_kind<Element>();
     const emulator::ProductForm form = {kN, kKind, kKind, true, false, kTransposedB, accumulate, 0, b};
-    emulator::WarpgroupModel({"wgmma", site}).issue(form, order(d), a);
+    emulator::issue_product(form, order(d), a, {"wgmma", site});
   }
 
  private:

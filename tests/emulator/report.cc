@@ -1,16 +1,14 @@
 // How threads, blocks and launches end, well or not.
-#pragma once
-
-#include "barriers.h"
+#include "machine.h"
 
 namespace emulator {
 
-inline std::string short_path(const char* path) {
+static std::string short_path(const char* path) {
   const char* inside = strstr(path, "csrc/");
   return inside == nullptr ? path : inside;
 }
 
-inline void Machine::stop(const Where& where, const std::string& what) {
+void Machine::stop(const Where& where, const std::string& what) {
   fault_ = text("block %d, thread %d (warp %d, lane %d), %s in %s(), %s:%d: ", block(), thread(), thread() / kWarp,
                 thread() % kWarp, where.instruction, where.site.function, short_path(where.site.file).c_str(),
                 where.site.line) +
@@ -18,7 +16,7 @@ inline void Machine::stop(const Where& where, const std::string& what) {
   leave(threads_[running_].fiber);
 }
 
-inline void Machine::stop_at_plain_access(const void* p) {
+void Machine::stop_at_plain_access(const void* p) {
   const Where last = threads_[running_].last;
   if (stacks_.contains(p)) stop(last, "after this the fiber's stack overflowed");
   std::string what = text("address %p", p);
@@ -29,7 +27,7 @@ inline void Machine::stop_at_plain_access(const void* p) {
   stop(last, "after this a plain load or store touched " + what + ", not through device.cuh or ptx.cuh");
 }
 
-inline void Machine::finish_thread() {
+void Machine::finish_thread() {
   check_end_of_thread();
   Thread& me = threads_[running_];
   if (--mine().alive == 0) check_end_of_block();
@@ -44,7 +42,7 @@ inline void Machine::finish_thread() {
   switch_to_next(me.fiber);
 }
 
-inline void Machine::check_end_of_thread() {
+void Machine::check_end_of_thread() {
   const Thread& me = threads_[running_];
   const Storer& stores = me.storer;
   if (stores.issued > stores.committed) fail(me.last, "the thread ends with TMA stores that it never committed");
@@ -58,7 +56,7 @@ inline void Machine::check_end_of_thread() {
 }
 
 // What others do to the block's shared memory must be known to one of its threads when it ends.
-inline void Machine::check_end_of_block() {
+void Machine::check_end_of_block() {
   const int first = rank_ * launch_.threads;
   for (size_t actor = 0; actor < mine().touched.size(); ++actor) {
     const uint32_t clock = mine().touched[actor];
@@ -70,7 +68,7 @@ inline void Machine::check_end_of_block() {
   }
 }
 
-inline std::string Machine::who_waits_where() const {
+std::string Machine::who_waits_where() const {
   std::string all;
   for (int begin = 0, end; begin < count_; begin = end) {
     const int stop = (begin / launch_.threads + 1) * launch_.threads;
@@ -83,7 +81,7 @@ inline std::string Machine::who_waits_where() const {
   return all;
 }
 
-inline std::string Machine::describe(const Thread& thread) const {
+std::string Machine::describe(const Thread& thread) const {
   if (thread.done) return "have returned";
   const Site& site = thread.last.site;
   std::string state = text("wait in %s, called by %s(), %s:%d", thread.last.instruction, site.function,

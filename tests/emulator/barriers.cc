@@ -1,11 +1,9 @@
 // Where threads meet.
-#pragma once
-
 #include "machine.h"
 
 namespace emulator {
 
-inline void Machine::barrier(int id, int participants, const Where& where) {
+void Machine::barrier(int id, int participants, const Where& where) {
   Gate& gate = named_gate(id, participants, where);
   meet(gate, where, [&] {
     if (participants == count_ && gate.passed.empty()) {
@@ -16,7 +14,7 @@ inline void Machine::barrier(int id, int participants, const Where& where) {
   });
 }
 
-inline void Machine::pass_barrier(int id, int participants, const Where& where) {
+void Machine::pass_barrier(int id, int participants, const Where& where) {
   note(where);
   Gate& gate = named_gate(id, participants, where);
   clocks_.publish(running_, gate.told);
@@ -24,17 +22,17 @@ inline void Machine::pass_barrier(int id, int participants, const Where& where) 
   if (complete(gate)) open(gate, [&] { clocks_.join(gate.arrived, gate.told); });
 }
 
-inline void Machine::warp_barrier(const Where& where) {
+void Machine::warp_barrier(const Where& where) {
   Gate& gate = warp_gate(where);
   meet(gate, where, [&] { clocks_.join(gate.arrived); });
 }
 
-inline void Machine::cluster_barrier(const Where& where) {
+void Machine::cluster_barrier(const Where& where) {
   cluster_gate_.participants = alive_;  // those that have returned are not waited for
   meet(cluster_gate_, where, [&] { clocks_.join(cluster_gate_.arrived); });
 }
 
-inline void Machine::meet_warpgroup(const Where& where) {
+void Machine::meet_warpgroup(const Where& where) {
   if (launch_.threads % kWarpgroup != 0) fail(where, "the block has no whole warpgroups");
   Gate& gate = mine().warpgroup_gates[thread() / kWarpgroup];
   if (!gate.arrived.empty() && strcmp(gate.instruction, where.instruction) != 0) {
@@ -44,7 +42,7 @@ inline void Machine::meet_warpgroup(const Where& where) {
   meet(gate, where, [] {});
 }
 
-inline Machine::Gate& Machine::warp_gate(const Where& where) {
+Machine::Gate& Machine::warp_gate(const Where& where) {
   Gate& gate = warps_[running_ / kWarp];
   if (!gate.arrived.empty() && strcmp(gate.instruction, where.instruction) != 0) {
     fail(where, text("the warp diverged: lane %d is at ", gate.arrived[0] % kWarp) + gate.instruction);
@@ -52,7 +50,7 @@ inline Machine::Gate& Machine::warp_gate(const Where& where) {
   return gate;
 }
 
-inline Machine::Gate& Machine::named_gate(int id, int participants, const Where& where) {
+Machine::Gate& Machine::named_gate(int id, int participants, const Where& where) {
   if (id < 0 || id >= Block::kBarriers) fail(where, text("barrier %d of %d", id, Block::kBarriers));
   if (participants <= 0 || participants % kWarp != 0) fail(where, text("a barrier of %d threads", participants));
   Gate& gate = mine().barriers[id];
