@@ -115,7 +115,7 @@ def test_each_batch_entry_has_its_order():
 
 def test_an_order_of_another_entry_is_noticed():
     entry = "order.tiles + int64_t(sequence.b) * order.count"
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="two threads of this kernel write"):
         compare_batch((("common/visibility.cuh", entry, "order.tiles"),))
 
 

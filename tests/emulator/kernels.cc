@@ -108,6 +108,7 @@ template <class Choice>
 constexpr bool kHolds = true;
 #endif
 
+// Calls f, with what such a function calls it with, if this library holds the kernel.
 template <class F>
 auto if_held(F& f) {
   return [&f](auto... types) {
