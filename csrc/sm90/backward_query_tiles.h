@@ -26,7 +26,7 @@ struct BackwardQueryTile : TileReads<kReads> {
   static constexpr int kValuePlaces = kValuePlaces_;
   static_assert(kQueryPlaces <= 2, "items are published for two");
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
-  // For a tile of values that is to make room for the next one soon. Where there are more places it costs 5 %.
+  // For a tile of values that is to make room for the next one soon. Where there are more places it costs 5 to 7 %.
   static constexpr bool kTwoTurns = kValuePlaces == 1;
   static constexpr int kThreads = (kWarpgroups + 1) * kWarpgroupThreads;
 

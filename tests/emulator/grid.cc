@@ -47,9 +47,14 @@ static std::string why_refused(const Launch& launch) {
   return "";
 }
 
+// Inline, so that it is one for all libraries of the process, as what they do to its signals is.
+inline std::mutex& one_launch() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 std::string run(const Launch& launch, GlobalMemory& global, const std::function<void()>& kernel, Counters& counters) {
-  static std::mutex one_launch;
-  const std::lock_guard<std::mutex> lock(one_launch);
+  const std::lock_guard<std::mutex> lock(one_launch());
   if (const std::string why = why_refused(launch); !why.empty()) return why;
   const SignalGuard signals;
   global.begin_launch();
