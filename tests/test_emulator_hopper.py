@@ -323,6 +323,12 @@ MUTANTS = {
         "forward.cuh",
         "wgmma_wait<0>();\n      release(k_slot);\n      release_query(true);",
         "release_query(true);\n      wgmma_wait<0>();\n      release(k_slot);", "gqa-6-3-causal"),
+    "queries-overwritten": (
+        "forward_load.cuh", "mbarrier_wait(q_free(queries), queries.parity ^ 1);", "",
+        "gqa-6-3-causal"),
+    "queries-of-the-other-place": (
+        "forward.cuh", "q = q_first + broadcast(queries.place * (QueryTile::kBytes / 16));", "",
+        "gqa-6-3-causal"),
     "queries-of-the-item-before": (
         "forward.cuh", "      load_query();\n      store_output", "      store_output",
         "gqa-6-3-causal"),

@@ -133,8 +133,9 @@ MUTANTS = MUTANTS_OF_BOTH | {
     "bias-given-back-while-it-is-read": (
         STAGED, "settle_loads(loaded);", "", BIASED),
     "item-not-kept-for-the-bias": (
-        STAGED, "arrive_for_lane(shared_address(&smem.q_free));  // the item has been read", "",
-        "bias-aligned-lengths"),
+        STAGED,
+        "arrive_for_lane(shared_address(&smem.q_free[queries.place]));  // the item has been read",
+        "", "bias-aligned-lengths"),
     "bias-of-other-rows": (
         STAGED, " & a_.staged_row_mask", "", "bias-aligned-2x2x1x264"),
     "mask-of-other-rows": (

@@ -20,12 +20,13 @@ namespace jfa::sm90 {
 // The role of a warpgroup that computes.
 template <class Element, class Shape, bool kGeneral>
 __device__ __forceinline__ void compute_forward(const ForwardArguments& a, ForwardSmem<Shape>& smem) {
+  using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
   constexpr int kScoreCols = Shape::kK / 4;
   constexpr int kSlot = Shape::kSlotBytes / 16;  // in a descriptor's units
   const int warpgroup = warp_index() / 4 - 1;
-  const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
   const uint32_t full = shared_address(smem.full), free = shared_address(smem.free);
-  const uint32_t q = descriptor(shared_address(smem.q.bytes) + warpgroup * kWarpgroupRows * kRowBytes);
+  const uint32_t q_first = descriptor(shared_address(smem.q[0].bytes) + warpgroup * kWarpgroupRows * kRowBytes);
+  uint32_t q = q_first;
   const uint32_t k = descriptor(shared_address(smem.ring));
   const uint32_t v = descriptor(shared_address(smem.ring), Tile<Shape::kK, Shape::kValueDim>::kChunkBytes);
 
@@ -54,7 +55,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
 
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
-    mbarrier_wait(shared_address(&smem.item_ready), taken % 2);
+    const QueryPlace<Shape> queries(taken);
+    mbarrier_wait(shared_address(&smem.item_ready[queries.place]), queries.parity);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) return false;
     j = broadcast(first_tile(item));
@@ -87,17 +89,18 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   // The first scores of an item are made of queries in shared memory. Those that are kept in registers come beside that
   // product.
   const auto take_query = [&] {
-    mbarrier_wait(q_full, taken % 2);
+    const QueryPlace<Shape> queries(taken);
+    mbarrier_wait(shared_address(&smem.q_full[queries.place]), queries.parity);
+    q = q_first + broadcast(queries.place * (QueryTile::kBytes / 16));
     ++taken;
   };
   const auto load_query = [&] {
     if constexpr (Shape::kQueryInRegisters) {
-      using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
+      const uint32_t place = shared_address(smem.q[QueryPlace<Shape>(taken - 1).place].bytes);
       const int row = (warp_index() - 4) * 16 + lane_index() % 16;
 #pragma unroll
       for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
-        load_matrix_x4(q_registers[step],
-                       shared_address(smem.q.bytes) + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
+        load_matrix_x4(q_registers[step], place + QueryTile::offset_bytes(row, 2 * step + lane_index() / 16));
       }
     }
   };
@@ -106,10 +109,10 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     if constexpr (Shape::kQueryInRegisters) {
       if (!first) return;
       settle_loads(q_registers);
-      arrive_for_lane(q_free);
-    } else if (j + Shape::kK == end) {
-      arrive_for_lane(q_free);
+    } else if (j + Shape::kK < end) {
+      return;
     }
+    arrive_for_lane(shared_address(&smem.q_free[QueryPlace<Shape>(taken - 1).place]));
   };
   // What comes next in the ring: asked for early, since the answer takes 50 cycles even if it is yes.
   bool is_full = false;
@@ -284,9 +287,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) forward(const __grid_const
   Smem& smem = shared_memory<Smem>();
   const bool stages = a.staged != StagedScores::kNothing;  // one warp more, which loads them, reads items
   if (thread_index() == 0) {
-    mbarrier_init(shared_address(&smem.item_ready), 1);
-    mbarrier_init(shared_address(&smem.q_full), 1);
-    mbarrier_init(shared_address(&smem.q_free), Shape::kWarpgroups * kWarpgroupThreads + stages * kWarpThreads);
+    for (int n = 0; n < Shape::kQueryPlaces; ++n) {
+      mbarrier_init(shared_address(&smem.item_ready[n]), 1);
+      mbarrier_init(shared_address(&smem.q_full[n]), 1);
+      mbarrier_init(shared_address(&smem.q_free[n]), Shape::kWarpgroups * kWarpgroupThreads + stages * kWarpThreads);
+    }
     if (stages) init_staged_places(smem);
     for (int slot = 0; slot < Shape::kSlots; ++slot) {
       mbarrier_init(shared_address(&smem.full[slot]), 1);

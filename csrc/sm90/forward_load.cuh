@@ -11,8 +11,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   using QueryTile = Tile<Shape::kQ, Shape::kHeadDim>;
   using KeyTile = Tile<Shape::kK, Shape::kHeadDim>;
   using ValueTile = Tile<Shape::kK, Shape::kValueDim>;
-  const uint32_t q_full = shared_address(&smem.q_full), q_free = shared_address(&smem.q_free);
-  const uint32_t item_ready = shared_address(&smem.item_ready), landed = shared_address(smem.landed);
+  const uint32_t landed = shared_address(smem.landed);
   const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
   RingPosition<Shape::kSlots> at(1);
   uint32_t landed_parities = 0;  // a bit for each place
@@ -38,13 +37,14 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
       }
     }
   };
-  const auto load_query = [&](const ForwardItem& item) {
+  const auto load_query = [&](const ForwardItem& item, int place) {
     if (!elect_one()) return;
+    const uint32_t q_full = shared_address(&smem.q_full[place]);
     mbarrier_arrive_expect(q_full, QueryTile::kBytes);
 #pragma unroll
     for (int c = 0; c < QueryTile::kChunks; ++c) {
-      tma_load(shared_address(smem.q.bytes) + c * QueryTile::kChunkBytes, a.q, q_full, c * kChunkCols, item.first_row,
-               item.head, item.batch);
+      tma_load(shared_address(smem.q[place].bytes) + c * QueryTile::kChunkBytes, a.q, q_full, c * kChunkCols,
+               item.first_row, item.head, item.batch);
     }
   };
   const auto load_keys = [&](int j, int head, int batch) {
@@ -95,17 +95,21 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     mbarrier_wait(ready, round / kItems % 2);
     return int(load_shared_32(shared_address(&smem.drawn[mailbox])));
   };
-  // Tells the warpgroups of the `round`-th item, whose queries may be loaded now; without one, that there is no more.
+  // In the phase before theirs the place of the `round`-th item's queries becomes free.
+  const auto q_free = [&](const QueryPlace<Shape>& queries) { return shared_address(&smem.q_free[queries.place]); };
+  // Tells the warpgroups of that item, when its queries may be loaded; without one, that there is no more.
   const auto publish = [&](const ForwardItem& item, unsigned round) {
+    const QueryPlace<Shape> queries(round);
+    mbarrier_wait(q_free(queries), queries.parity ^ 1);
     if (lane_index() == 0) {
       store_item(item_address(smem, round), item);
       if (Shape::kAnyVisibility && item.first_row >= 0) {
         store_shared_f32(item_address(smem, round) + kItemSink, sink_log2(a.p.scores.sinks, item.batch, item.head));
       }
-      mbarrier_arrive(item_ready);
+      mbarrier_arrive(shared_address(&smem.item_ready[queries.place]));
     }
     warp_barrier();
-    if (item.first_row >= 0) load_query(item);
+    if (item.first_row >= 0) load_query(item, queries.place);
   };
 
   int number = cluster;
@@ -134,28 +138,29 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
       if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
     };
     // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
-    const uint32_t q_parity = round % 2;
+    const QueryPlace<Shape> next(round + 1);
     bool published = false;
 #pragma unroll 1
-    for (int t = 1; t < now.key_tiles; ++t) {
+    for (int t = 1;; ++t) {
+      const bool ends = t == now.key_tiles;
+      if (!published && (ends || t > draw_tile)) {
+        published = broadcast(mbarrier_test(q_free(next), next.parity ^ 1));
+        if (published || ends) find_next();
+        if (published) publish(item, round + 1);
+      }
       if (draws && t == draw_tile) drawn = draw();
       const int last = j;
       const bool cleans =
           needs_cleaning(last, now_keys, now, gaps);  // found out while there is no place to load anything to
-      j = next_tile<Shape>(now, j);
-      load_keys(j, kv_head, now.batch);
+      if (!ends) {
+        j = next_tile<Shape>(now, j);
+        load_keys(j, kv_head, now.batch);
+      }
       load_values(last, now_keys, kv_head, now, cleans);
+      if (ends) break;
       if (Shape::kCluster > 1 && draws && t == draw_tile) send(drawn, round);
-      if (t < draw_tile || published || !broadcast(mbarrier_test(q_free, q_parity))) continue;
-      find_next();
-      publish(item, round + 1);
-      published = true;
     }
-    if (!published) find_next();
-    load_values(j, now_keys, kv_head, now, needs_cleaning(j, now_keys, now, gaps));
-    if (published) continue;
-    mbarrier_wait(q_free, q_parity);
-    publish(item, round + 1);
+    if (!published) publish(item, round + 1);
   }
 }
 

@@ -34,7 +34,8 @@ struct ForwardItem {
   int first_key, key_tiles;  // at least one tile, so that every row gets its zeros
   int sink_end;              // where tiles with sinks end, if any, and those from first_key on follow
 };
-// Published items stay readable while the next two are: the epilogue of one runs when its successor has been taken.
+// Published items stay readable while the next three are: the epilogue of one runs when its successor has been taken,
+// and two more may have been published.
 constexpr int kItems = 4;
 constexpr int kItemBytes = 64;
 // Behind it, where kAnyVisibility, the sink of its head: in log2 units, -inf for none.
@@ -57,10 +58,11 @@ struct ForwardSmem {
   struct Staged : std::conditional_t<Shape::kStagesScores, Scores, NoScores>,
                   std::conditional_t<Shape::kStoreByTma, Outputs, NoOutputs> {};
 
-  Tile<Shape::kQ, Shape::kHeadDim> q;
+  Tile<Shape::kQ, Shape::kHeadDim> q[Shape::kQueryPlaces];
   alignas(kSwizzleBytes) unsigned char ring[Shape::kSlots][Shape::kSlotBytes];
   Staged staged;
-  alignas(8) uint64_t item_ready, q_full, q_free;  // q_free: also the item has been read
+  // Each for every kQueryPlaces-th item. q_free: also the item has been read.
+  alignas(8) uint64_t item_ready[Shape::kQueryPlaces], q_full[Shape::kQueryPlaces], q_free[Shape::kQueryPlaces];
   uint64_t full[Shape::kSlots], free[Shape::kSlots];
   uint64_t staged_full[Shape::kWarpgroups][kStagedPlaces], staged_free[Shape::kWarpgroups][kStagedPlaces];
   // A tile of V that has to be cleaned before it is full. The other block of a cluster may already load the next one.
@@ -80,6 +82,16 @@ template <class Shape>
 __device__ __forceinline__ int end_of_tiles(const ForwardItem& item) {
   return item.first_key + item.key_tiles * Shape::kK - item.sink_end;
 }
+
+// The place of an item's queries, and the parity of the phases in which it and they are there.
+template <class Shape>
+struct QueryPlace {
+  int place;
+  uint32_t parity;
+
+  __device__ __forceinline__ explicit QueryPlace(unsigned count)
+      : place(count % Shape::kQueryPlaces), parity(count / Shape::kQueryPlaces % 2) {}
+};
 
 template <class Smem>
 __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned count) {
