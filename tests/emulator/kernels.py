@@ -103,7 +103,7 @@ def library(head_dim, family, backward, mutant=None):
         f"JFA_BACKWARD={int(backward)}",
     )  # fmt: skip
     if mutant or not family:
-        flags = ("-Og",)
+        flags = ("-O0",)
     if mutant:
         edits = (*mutant.edits, _OTHER_TYPE[mutant.dtype])
         defines += (f"JFA_CHOICES={mutant.choices}",) if mutant.choices else ()
