@@ -83,7 +83,7 @@ __device__ __forceinline__ int end_of_tiles(const ForwardItem& item) {
   return item.first_key + item.key_tiles * Shape::kK - item.sink_end;
 }
 
-// The place of an item's queries, and the parity of the phases in which it and they are there.
+// The place of an item's queries, and the parity of the phases of item_ready and q_full that bring both.
 template <class Shape>
 struct QueryPlace {
   int place;
