@@ -327,7 +327,7 @@ MUTANTS = {
         "forward_load.cuh", "mbarrier_wait(q_free(queries), queries.parity ^ 1);", "",
         "gqa-6-3-causal"),
     "queries-of-the-other-place": (
-        "forward.cuh", "q = q_first + broadcast(queries.place * (QueryTile::kBytes / 16));", "",
+        "forward.cuh", "q = q_first + broadcast(queries.slot * (QueryTile::kBytes / 16));", "",
         "gqa-6-3-causal"),
     "queries-of-the-item-before": (
         "forward.cuh", "      load_query();\n      store_output", "      store_output",

@@ -134,7 +134,7 @@ MUTANTS = MUTANTS_OF_BOTH | {
         STAGED, "settle_loads(loaded);", "", BIASED),
     "item-not-kept-for-the-bias": (
         STAGED,
-        "arrive_for_lane(shared_address(&smem.q_free[queries.place]));  // the item has been read",
+        "arrive_for_lane(shared_address(&smem.q_free[queries.slot]));  // the item has been read",
         "", "bias-aligned-lengths"),
     "bias-of-other-rows": (
         STAGED, " & a_.staged_row_mask", "", "bias-aligned-2x2x1x264"),

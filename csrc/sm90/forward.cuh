@@ -55,8 +55,8 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
 
   // Waits for the next item; false: there is none.
   const auto take_item = [&] {
-    const QueryPlace<Shape> queries(taken);
-    mbarrier_wait(shared_address(&smem.item_ready[queries.place]), queries.parity);
+    const auto queries = QueryPlace<Shape>::of(taken);
+    mbarrier_wait(shared_address(&smem.item_ready[queries.slot]), queries.parity);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) return false;
     j = broadcast(first_tile(item));
@@ -89,14 +89,14 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
   // The first scores of an item are made of queries in shared memory. Those that are kept in registers come beside that
   // product.
   const auto take_query = [&] {
-    const QueryPlace<Shape> queries(taken);
-    mbarrier_wait(shared_address(&smem.q_full[queries.place]), queries.parity);
-    q = q_first + broadcast(queries.place * (QueryTile::kBytes / 16));
+    const auto queries = QueryPlace<Shape>::of(taken);
+    mbarrier_wait(shared_address(&smem.q_full[queries.slot]), queries.parity);
+    q = q_first + broadcast(queries.slot * (QueryTile::kBytes / 16));
     ++taken;
   };
   const auto load_query = [&] {
     if constexpr (Shape::kQueryInRegisters) {
-      const uint32_t place = shared_address(smem.q[QueryPlace<Shape>(taken - 1).place].bytes);
+      const uint32_t place = shared_address(smem.q[QueryPlace<Shape>::of(taken - 1).slot].bytes);
       const int row = (warp_index() - 4) * 16 + lane_index() % 16;
 #pragma unroll
       for (int step = 0; step < Shape::kHeadDim / 16; ++step) {
@@ -112,7 +112,7 @@ __device__ __forceinline__ void compute_forward(const ForwardArguments& a, Forwa
     } else if (j + Shape::kK < end) {
       return;
     }
-    arrive_for_lane(shared_address(&smem.q_free[QueryPlace<Shape>(taken - 1).place]));
+    arrive_for_lane(shared_address(&smem.q_free[QueryPlace<Shape>::of(taken - 1).slot]));
   };
   // What comes next in the ring: asked for early, since the answer takes 50 cycles even if it is yes.
   bool is_full = false;

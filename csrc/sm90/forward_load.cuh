@@ -96,20 +96,20 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     return int(load_shared_32(shared_address(&smem.drawn[mailbox])));
   };
   // In the phase before theirs the place of the `round`-th item's queries becomes free.
-  const auto q_free = [&](const QueryPlace<Shape>& queries) { return shared_address(&smem.q_free[queries.place]); };
+  const auto q_free = [&](const QueryPlace<Shape>& queries) { return shared_address(&smem.q_free[queries.slot]); };
   // Tells the warpgroups of that item, when its queries may be loaded; without one, that there is no more.
   const auto publish = [&](const ForwardItem& item, unsigned round) {
-    const QueryPlace<Shape> queries(round);
+    const auto queries = QueryPlace<Shape>::of(round);
     mbarrier_wait(q_free(queries), queries.parity ^ 1);
     if (lane_index() == 0) {
       store_item(item_address(smem, round), item);
       if (Shape::kAnyVisibility && item.first_row >= 0) {
         store_shared_f32(item_address(smem, round) + kItemSink, sink_log2(a.p.scores.sinks, item.batch, item.head));
       }
-      mbarrier_arrive(shared_address(&smem.item_ready[queries.place]));
+      mbarrier_arrive(shared_address(&smem.item_ready[queries.slot]));
     }
     warp_barrier();
-    if (item.first_row >= 0) load_query(item, queries.place);
+    if (item.first_row >= 0) load_query(item, queries.slot);
   };
 
   int number = cluster;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
       if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
     };
     // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
-    const QueryPlace<Shape> next(round + 1);
+    const auto next = QueryPlace<Shape>::of(round + 1);
     bool published = false;
 #pragma unroll 1
     for (int t = 1;; ++t) {

@@ -59,11 +59,11 @@ __device__ __forceinline__ void load_staged(const ForwardArguments& a, ForwardSm
   uint32_t number = 0;
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
-    const QueryPlace<Shape> queries(taken);
-    mbarrier_wait(shared_address(&smem.item_ready[queries.place]), queries.parity);
+    const auto queries = QueryPlace<Shape>::of(taken);
+    mbarrier_wait(shared_address(&smem.item_ready[queries.slot]), queries.parity);
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken));
     if (item.first_row < 0) break;
-    arrive_for_lane(shared_address(&smem.q_free[queries.place]));  // the item has been read
+    arrive_for_lane(shared_address(&smem.q_free[queries.slot]));  // the item has been read
     load_staged_of_item<Shape>(a, smem, item, number);
   }
 }

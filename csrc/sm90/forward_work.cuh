@@ -83,15 +83,9 @@ __device__ __forceinline__ int end_of_tiles(const ForwardItem& item) {
   return item.first_key + item.key_tiles * Shape::kK - item.sink_end;
 }
 
-// The place of an item's queries, and the parity of the phases of item_ready and q_full that bring both.
+// Of an item and its queries, which item_ready and q_full bring.
 template <class Shape>
-struct QueryPlace {
-  int place;
-  uint32_t parity;
-
-  __device__ __forceinline__ explicit QueryPlace(unsigned count)
-      : place(count % Shape::kQueryPlaces), parity(count / Shape::kQueryPlaces % 2) {}
-};
+using QueryPlace = RingPosition<Shape::kQueryPlaces>;
 
 template <class Smem>
 __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned count) {

@@ -16,6 +16,12 @@ struct RingPosition {
   uint32_t parity;
 
   __device__ __forceinline__ explicit RingPosition(uint32_t first_parity) : parity(first_parity) {}
+  // Where the `count`-th fill goes, for roles that count what they take.
+  __device__ __forceinline__ static RingPosition of(unsigned count) {
+    RingPosition at(count / kSlots % 2);
+    at.slot = count % kSlots;
+    return at;
+  }
   __device__ __forceinline__ void advance() {
     if (++slot == kSlots) {
       slot = 0;
