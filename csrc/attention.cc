@@ -24,12 +24,17 @@ int* table_in(const Problem& p, float* scratch, int64_t floats) {
 
 constexpr int64_t kForwardCounterFloats = 1;
 
-// Of Gradients: enough for every family, so that it depends on no device.
+// Of Gradients, for a family.
 template <int kHeadDim>
-int64_t cleared_floats(const Problem& p, const Gradients& g) {
-  if (g.deterministic) return kBackwardCounters;
-  return std::max(sm80::dq_accumulator_floats<kHeadDim>(p), sm90::dq_accumulator_floats<kHeadDim>(p)) +
-         kBackwardCounters;
+int64_t cleared_floats(const Problem& p, const Gradients& g, bool hopper) {
+  int64_t floats = kBackwardCounters;
+  if (hopper) {
+    floats += sm90::dq_accumulator_floats<kHeadDim>(p);
+    if (g.deterministic) floats += sm90::rows_to_come_floats<kHeadDim>(p);
+  } else if (!g.deterministic) {
+    floats += sm80::dq_accumulator_floats<kHeadDim>(p);
+  }
+  return floats;
 }
 int64_t delta_floats(const Problem& p) { return int64_t(p.shape.batch) * p.shape.heads * p.shape.q_len; }
 
@@ -155,7 +160,8 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
   const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    plan.scratch_floats = with_table(p, cleared_floats<dim.value>(p, g) + delta_floats(p));
+    const int64_t cleared = std::max(cleared_floats<dim.value>(p, g, false), cleared_floats<dim.value>(p, g, true));
+    plan.scratch_floats = with_table(p, cleared + delta_floats(p));
     if (family.hopper) {
       sm90::plan_backward<dim.value>(p, g, plan);
     } else {
@@ -191,11 +197,12 @@ Status backward(Problem p, Gradients g, float* scratch, int64_t scratch_floats, 
   if (status.ok()) status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
-    g.cleared_floats = cleared_floats<dim.value>(p, g);
+    g.cleared_floats = cleared_floats<dim.value>(p, g, family.hopper);
     const int64_t before_table = g.cleared_floats + delta_floats(p);
     Status launched = check_scratch(scratch_floats, with_table(p, before_table));
     if (!launched.ok()) return launched;
     g.dq_accumulator = scratch;
+    g.rows_to_come = reinterpret_cast<uint64_t*>(scratch + sm90::dq_accumulator_floats<dim.value>(p));
     g.counters = reinterpret_cast<uint32_t*>(scratch + g.cleared_floats - kBackwardCounters);
     g.delta = scratch + g.cleared_floats;
     p.visibility.table = table_in(p, scratch, before_table);

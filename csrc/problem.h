@@ -147,11 +147,12 @@ struct Gradients {
   const float* d_lse = nullptr;  // [batch, heads, q_len]; absent: 0
   ScoreTensor d_bias;            // f32, the bias's own extents; absent: not wanted
   bool deterministic = false;
-  // Scratch. The accumulator and the counters lie next to each other and are zeros when the first kernel has run.
-  float* dq_accumulator = nullptr;  // unless deterministic: f32, whole tiles, in an order of the family's own
-  uint32_t* counters = nullptr;     // [kBackwardCounters] of work items
-  int64_t cleared_floats = 0;       // of both, a multiple of 4
-  float* delta = nullptr;           // [batch, heads, q_len]: rowsum(dO o) - dLSE
+  // Scratch. All but delta lie next to each other and are zeros when the first kernel has run.
+  float* dq_accumulator = nullptr;   // f32, whole tiles, in an order of the family's own; some kernels need none
+  uint64_t* rows_to_come = nullptr;  // [batch, heads, key tiles]: how far who adds has come, where there is an order
+  uint32_t* counters = nullptr;      // [kBackwardCounters] of work items
+  int64_t cleared_floats = 0;        // of these, a multiple of 4
+  float* delta = nullptr;            // [batch, heads, q_len]: rowsum(dO o) - dLSE
 };
 
 }  // namespace jfa

@@ -211,3 +211,19 @@ def _compile(function, operands: list, mesh: dict, options: dict) -> Compiled:
             memory.output_size_in_bytes,
             memory.peak_memory_in_bytes,
         )
+
+
+def scratch_bytes(batch, length, heads, dim, deterministic):
+    """Of a backward, 4 (B N (T + rows H') + 4): delta, dQ in float32, counters of work items.
+
+    `dim`, H', is the compiled head dim, and rows T in whole tiles of the family with more. If
+    deterministic, only Hopper kernels up to head dim 128 have that dQ, and with it eight bytes for
+    each head's tile of keys.
+    """
+    short, wide = dim == 64 and length < 4096, dim > 128
+    tiles = [] if deterministic else [32 if wide else 64]
+    tiles += [] if wide else [128 if short else 64]
+    rows = max((math.ceil(length / tile) * tile for tile in tiles), default=0)
+    key_tiles = math.ceil(length / (192 if dim == 64 and not short else 128))
+    order = math.ceil(batch * heads * key_tiles / 2) * 4 if deterministic and not wide else 0
+    return 4 * (batch * heads * (length + rows * dim) + order + 4)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import pytest
-from aot_h200 import Operand
+from aot_h200 import Operand, scratch_bytes
 
 from jax_flashattn import _ffi, _primitives, attention
 from jax_flashattn._options import Operands, Options
@@ -312,15 +312,6 @@ def test_collectives_are_seen(compile_h200):
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def scratch_bytes(batch, length, heads, head_dim, deterministic):
-    """4 (B N T + 4 + B N rows H'): delta, the counters of work items and, unless deterministic, dQ
-    in float32: H' is the compiled head dim, and rows T in whole tiles of the family with more."""
-    dim = next(d for d in _ffi.extension.build_info()["head_dims"] if d >= head_dim)
-    tiles = (64 if dim <= 128 else 32, 128 if dim == 64 and length < 4096 else 1)
-    rows = max(math.ceil(length / tile) * tile for tile in tiles)
-    return 4 * batch * heads * (length + (0 if deterministic else rows * dim)) + 4 * 4
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("batch", "length", "heads", "head_dim"),
@@ -337,7 +328,8 @@ def test_scratch_is_the_documented_formula(
     arrays = operands(heads, heads, batch=batch, length=length, head_dim=head_dim)
     compiled = compile_h200(functools.partial(gradients, deterministic=deterministic), arrays)
     name, shapes = compiled.results(BACKWARD)
-    needed = scratch_bytes(batch, length, heads, head_dim, deterministic)
+    dim = next(d for d in built if d >= head_dim)
+    needed = scratch_bytes(batch, length, heads, dim, deterministic)
     assert shapes[-1] == f"f32[{needed // 4}]"
     assert compiled.buffer_bytes(name, len(shapes) - 1) == needed
 
@@ -353,7 +345,7 @@ def test_peak_is_operands_results_and_scratch(compile_h200, deterministic):
     tensor = 2 * math.prod(arrays[0].shape)
     assert compiled.argument_bytes == 4 * tensor
     assert compiled.output_bytes >= 4 * tensor
-    scratch = scratch_bytes(heads=4, deterministic=deterministic, **sizes)
+    scratch = scratch_bytes(sizes["batch"], sizes["length"], 4, sizes["head_dim"], deterministic)
     allowed = compiled.argument_bytes + compiled.output_bytes + scratch + MIB
     assert allowed - 2 * MIB < compiled.peak_bytes <= allowed
     reference = compile_h200(functools.partial(function, implementation="xla"), arrays)

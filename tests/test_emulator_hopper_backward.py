@@ -158,10 +158,11 @@ MUTANTS = {
         "arrive_for_lane(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
         "dense-1000x1000"),
     "ds-not-fenced": (
-        "backward.cuh", "fence_async_shared();\n      if (adds)", "if (adds)", "dense-127x129"),
+        "backward.cuh", "fence_async_shared();\n      arrive_for_lane(", "arrive_for_lane(",
+        "dense-127x129"),
     "ds-not-complete": (
         "backward.cuh",
-        "if (adds) mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);", "",
+        "mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);", "",
         "dense-127x129"),
     "ds-overwritten": (
         "backward_tiles.h", "constexpr int kDsPlaces = 3;", "constexpr int kDsPlaces = 2;",
@@ -182,9 +183,9 @@ MUTANTS = {
     "masked-gradients-not-hidden-of-general-scores": (
         "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned-general"),
     "address-of-dq-left-behind": (
-        "backward.cuh", ": dq_before + Layout::kTileFloats;", ": dq_before;", "dense-1000x1000"),
+        "backward.cuh", ": dq_before - Layout::kTileFloats;", ": dq_before;", "dense-1000x1000"),
     "dq-added-a-tile-late": (
-        "backward.cuh", "row_before = i;", "row_before = i + Shape::kQ;", "cap"),
+        "backward.cuh", "row_before = i;", "row_before = i - Shape::kQ;", "cap"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from test_emulator import check
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
-# The kernels that a backward may run: family, dQ by backward_query, head dim.
+# The kernels that a backward may run: family, whether dQ is summed in order, head dim.
 ROUTES = {
     "sm80": ("sm80", False, 64),
     "sm80-deterministic": ("sm80", True, 64),
@@ -159,7 +159,7 @@ MUTANTS = {
     "derivative-sm90": (
         "sm90/backward.cuh", DERIVATIVE.format("dp"), ";", "cap-bias-mask", "sm90"),
     "derivative-sm90-query": (
-        "sm90/backward_query.cuh", DERIVATIVE.format("dp"), ";", "cap", "sm90-deterministic"),
+        "sm90/backward_query.cuh", DERIVATIVE.format("dp"), ";", "cap", "sm90-wide"),
     "derivative-sm90-wide": (
         "sm90/backward_wide.cuh", "first.x,", "1.0f,", "cap", "sm90-wide"),
     "derivative-of-the-neighbour": (
@@ -215,7 +215,7 @@ MUTANTS = {
         "alibi-causal-bottom-right", "sm90"),
     "hidden-in-dq": (
         SCORES, "if (hides) hide_rows(s, at, sequence, rows);", ";",
-        "alibi-causal-bottom-right", "sm90-deterministic"),
+        "alibi-causal-bottom-right", "sm90-wide"),
     "transposed-nothing-hidden": (
         SCORES, "return (kGeneral && kReads) || !is_whole(all, begin, end);", "return false;",
         "alibi-causal-bottom-right", "sm90"),

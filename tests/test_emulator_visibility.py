@@ -12,7 +12,7 @@ from test_emulator import check
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 
-# Family, head dim, and whether dQ is recomputed: each kernel that looks at who sees whom.
+# Family, head dim, and whether dQ is summed in order: each kernel that looks at who sees whom.
 ROUTES = {
     "sm80": ("sm80", 32, False),
     "sm80-deterministic": ("sm80", 32, True),
@@ -270,7 +270,7 @@ MUTANTS = {
         "common/visibility.cuh", "gap |= from(gap);", "gap = 0;", "sm90-deterministic", "alone"),
     "sinks-hidden": (
         "common/scores.cuh", "col >= begin || col < sink_end", "col >= begin",
-        "sm90-deterministic", "sink-tokens-4-of-8"),
+        "sm90-wide", "sink-tokens-4-of-8"),
     "sinks-seen-by-a-window": (
         "common/sequence.cuh", "is_sink(j) ? q_len : ", "", "sm90", "sink-tokens-4-of-8"),
     "rows-not-cleaned": (

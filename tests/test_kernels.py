@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cases import CASES, EVERYTHING, every_case, normal, some_cases
 from compare import assert_same_bits, check_case, prepare, run
+from order import TILE, Cancelling
 
 from jax_flashattn import attention
 
@@ -106,6 +107,21 @@ def test_deterministic_backward_repeats_a_thousand_times(dims):
     counts = [differing(gradients(*operands), first) for _ in range(1000)]  # nothing waits
     assert sum(int(n) > 0 for n in counts) == 0
     assert int(differing(gradients(operands[0] * 2, *operands[1:]), first)) > 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_additions_to_dq_come_in_the_order_of_keys(head_dim):
+    """With sums that show their order; without `deterministic` they do."""
+    shape = {"heads": 8, "kv_heads": 4, "head_dim": head_dim}
+    case = Cancelling("cancelling", 700, 24 * TILE, **shape)
+    in_order, in_any = (
+        prepare(case, "float16", deterministic=deterministic, implementation="cuda")
+        for deterministic in (True, False)
+    )
+    first = in_order()["query"]
+    for _ in range(50):
+        np.testing.assert_array_equal(in_order()["query"], first)
+    assert any((in_any()["query"] != first).any() for _ in range(50))
 
 
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])

@@ -305,9 +305,11 @@ def test_explain_tells_of_the_backward(dims, general, deterministic):
     assert rows in (32, 64, 128)
     assert keys in ((128, 192) if dims[0] <= 128 else (64,))
     assert "dK and dV by key tiles" in told.backward_schedule
-    apart = deterministic or dims[0] > 128
+    apart = dims[0] > 128
     assert ("dQ by query tiles" in told.backward_schedule) == apart
     assert ("dQ by float32 additions" in told.backward_schedule) != apart
+    ordered = deterministic and not apart
+    assert ("in the order of keys" in told.backward_schedule) == ordered
     assert ("gradient of the bias by its tiles, 128 x 112" in told.backward_schedule) == general
     assert told.backward_shared_memory_bytes <= _ffi.SHARED_MEMORY_BYTES
     assert told.backward_schedule in str(told)

@@ -145,6 +145,17 @@ __device__ __forceinline__ uint32_t increment_global(uint32_t* counter, uint32_t
   return atomicInc(counter, last);
 }
 
+// 9.7.9.8 ld.acquire, 9.7.9.11 st.release: what was written and added before the store, by this thread or by others
+// that it had waited for, comes before what is after a load that sees it, on any multiprocessor.
+__device__ __forceinline__ uint64_t load_global_acquire(const uint64_t* pointer) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_global_release(uint64_t* pointer, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
+}
+
 // The same number, of which the compiler knows nothing: what is computed from it is computed here, not kept in a
 // register from before the loop.
 __device__ __forceinline__ int opaque(int x) {

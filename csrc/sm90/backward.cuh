@@ -8,8 +8,8 @@
 // dS also goes through shared memory, transposed, and one query tile later, when all warpgroups have written theirs,
 // they make of it together the tile's part of dQ, which is added to an accumulator in device memory, in the order of
 // the registers: see backward_tiles.h. store_dq() then only scales, rounds and puts rows in order. In deterministic
-// mode there is no dQ here. Where it pays, warpgroups take turns at issuing products, so that one's exponentials run
-// under the other's products.
+// mode warp 3 has key tiles wait for each other with their additions. Where it pays, warpgroups take turns at issuing
+// products, so that one's exponentials run under the other's products.
 #pragma once
 
 #include "common/dropout.cuh"
@@ -80,7 +80,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   const bool dropping = drops<Shape>(a.p.scores);
   const int group = a.p.shape.heads / a.p.shape.kv_heads;
   const int band = Shape::kShare == QueryShare::kTurns ? warp % 4 : warp;
-  const bool adds = !a.g.deterministic;  // to dQ
+  const bool ordered = a.g.deterministic;
+  constexpr bool kTurns = Shape::kShare == QueryShare::kTurns;
 
   const auto await_turn = [&] {
     if (Shape::kTakesTurns) named_barrier_sync(1 + warpgroup, 2 * kWarpgroupThreads);
@@ -92,13 +93,14 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
 
   RingPosition<Shape::kStages> at(0);
   ScorePlace ds_at;
-  int whose = 0;  // of kTurns: who makes dQ of the tile before
+  int whose = Shape::kWarpgroups - 1;  // of kTurns: who makes dQ of the tile before; of the first tile, the first
+  uint32_t turn_parity = 0;            // of the next turn at adding to dQ in deterministic mode
 #pragma unroll 1
   for (unsigned taken = 0;; ++taken) {
     const BackwardItem item = wait_for_item(smem, taken);
     if (item.first_key < 0) break;
-    const int first_row = broadcast(item.first_row);
-    const int end = first_row + broadcast(item.q_tiles) * Shape::kQ;
+    const int last_row = broadcast(item.last_row);
+    const int first_row = last_row - (broadcast(item.q_tiles) - 1) * Shape::kQ;
     const int first_key = broadcast(item.first_key) + warp * 16;
     // Queries that see all keys of this warp.
     const Interval unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(first_key, first_key + 16);
@@ -116,7 +118,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
 
     int h = broadcast(item.kv_head) * group;
     int heads_left = item.q_tiles > 0 ? group : 0;
-    int i = first_row;
+    int i = last_row;
     const auto dq_of = [&](int head, int row) {
       const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
       return dq_tile<Shape>(a.p, a.g, batch, head, row) + piece_offset<Layout>(band, 0) +
@@ -128,19 +130,20 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
     float* dq_before = nullptr;
     // Until all have written dS of that tile. Then the next place is free as well: it held the tile three before, and
     // whoever makes dQ of that had done so before writing.
-    const auto await_ds = [&] {
-      if (adds) mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity);
-    };
-    const auto makes_dq = [&] {
-      return adds && !is_first && (Shape::kShare != QueryShare::kTurns || whose == warpgroup);
-    };
+    const auto await_ds = [&] { mbarrier_wait(shared_address(&smem.ds_full), ds_at.parity); };
+    const auto makes_dq = [&] { return !is_first && (Shape::kShare != QueryShare::kTurns || whose == warpgroup); };
     const auto issue_dq = [&](QueryGradient<Shape>& dq) {
       issue_query_gradient<Element, Shape>(dq, ds + ds_at.before() * kScorePlace, k_columns);
     };
     const auto add_dq = [&](QueryGradient<Shape>& dq) {
       dq.settle_all();
       if (band >= Layout::kBands) return;  // past the head dim
+      // Where there is no order, the phase before the first, which has ended: a branch costs registers.
+      mbarrier_wait(shared_address(&smem.dq_turn[kTurns ? warpgroup : 0]),
+                    ordered ? (kTurns ? turn_parity : ds_at.parity) : 1);
+      turn_parity ^= 1;
       add_query_gradient<Shape>(kRoomy ? dq_before : dq_of(head_before, row_before), dq);
+      if (ordered) arrive_for_warp(shared_address(&smem.dq_added));
     };
 #pragma unroll 1
     while (heads_left > 0) {
@@ -237,7 +240,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         round();
       }
       fence_async_shared();
-      if (adds) arrive_for_lane(shared_address(&smem.ds_full));
+      arrive_for_lane(shared_address(&smem.ds_full));
       await_turn();
       issue_key_gradient<Element, Shape>(dv, p_operand, d_o + slot * kQueryPlace);
       if (makes_dq()) {
@@ -251,7 +254,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
         pass_turn();
       }
-      if (kRoomy) dq_before = i == first_row ? dq_of(h, i) : dq_before + Layout::kTileFloats;
+      if (kRoomy) dq_before = i == last_row ? dq_of(h, i) : dq_before - Layout::kTileFloats;
       head_before = h;
       row_before = i;
       if (++whose == Shape::kWarpgroups) whose = 0;
@@ -260,12 +263,12 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       arrive_for_lane(shared_address(&smem.stage_free[slot]));  // its statistics were read by every lane
       at.advance();
       ds_at.advance();
-      i += Shape::kQ;
-      if (i == end) {
-        i = first_row;
+      if (i == first_row) {
+        i = last_row + Shape::kQ;
         ++h;
         --heads_left;
       }
+      i -= Shape::kQ;
     }
     if (!is_first) {
       await_ds();
@@ -291,9 +294,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
     for (int n = 0; n < kBackwardItems; ++n) mbarrier_init(shared_address(&smem.item_ready[n]), 1);
     mbarrier_init(shared_address(&smem.kv_full), 2 + kWarpThreads);  // K, V, and who may have written zeros there
     // Each thread that computes, and the warps that read statistics and load a bias or a mask.
-    mbarrier_init(shared_address(&smem.kv_free), Shape::kWarpgroups * kWarpgroupThreads + 1 + Shape::kStagesScores);
+    mbarrier_init(shared_address(&smem.kv_free),
+                  Shape::kWarpgroups * kWarpgroupThreads + 1 + Shape::kStagesScores + a.g.deterministic);
     mbarrier_init(shared_address(&smem.landed), 1);
     mbarrier_init(shared_address(&smem.ds_full), Shape::kWarpgroups * kWarpgroupThreads);
+    for (uint64_t& turn : smem.dq_turn) mbarrier_init(shared_address(&turn), 1);
+    mbarrier_init(shared_address(&smem.dq_added), QueryGradientLayout<Shape>::kBands);
     for (int n = 0; n < Shape::kStages; ++n) {
       mbarrier_init(shared_address(&smem.q_full[n]), 1 + kWarpThreads);  // Q and the statistics
       mbarrier_init(shared_address(&smem.stage_free[n]), Shape::kWarpgroups * kWarpgroupThreads);
@@ -310,6 +316,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward(const __grid_cons
     if constexpr (Shape::kStagesScores) {
       if (warp_index() == 2) load_staged<Shape>(a, smem);
     }
+    if (warp_index() == 3 && a.g.deterministic) order_additions<Shape>(a, smem);
   } else {
     grow_registers<Shape::kComputeRegisters>();
     compute_backward<Element, Shape, kGeneral>(a, smem);

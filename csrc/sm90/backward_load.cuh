@@ -38,11 +38,19 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     arrive_for_warp(full);
   };
 
-  int number = block_index();
+  // In deterministic mode blocks wait for others that have items with lower numbers. No block may then have an item
+  // from the start: it might not be running, and never come to, while those that wait have all multiprocessors.
+  const int dealt = a.g.deterministic ? 0 : grid_blocks();
+  const auto draw = [&] {
+    int drawn = 0;
+    if (lane_index() == 0) drawn = dealt + int(increment_global(a.g.counters, 0xffffffff));
+    return int(broadcast(drawn));
+  };
+  int number = a.g.deterministic ? draw() : block_index();
 #pragma unroll 1
   for (unsigned published = 0;; ++published) {
     Interval rows{};
-    BackwardItem item{-1, 0, 0, 0, 0, 0, 0};
+    BackwardItem item{-1, 0, 0, 0, 0, 0, 0, 0};
     if (number < a.order.items) item = backward_item<Shape>(a, number, rows);
     if (lane_index() == 0) {
       store_item(shared_address(&smem.items[published % kBackwardItems]), item);
@@ -66,7 +74,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     };
     const int group = a.p.shape.heads / a.p.shape.kv_heads;
     bool early = item.q_tiles > 0;  // the first Q is on its way while the item before is being finished
-    if (early) load_q(item.kv_head * group, item.first_row);
+    if (early) load_q(item.kv_head * group, item.last_row);
     mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);
     const Interval all{item.first_key, item.first_key + Shape::kK};
     const auto load_keys = [&](const TensorMap& map, uint32_t to, const Interval& part, bool gaps) {
@@ -82,7 +90,8 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
 #pragma unroll 1
     for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
 #pragma unroll 1
-      for (int i = item.first_row; i < rows.end; i += Shape::kQ) {
+      for (int tile = 0; tile < item.q_tiles; ++tile) {
+        const int i = item.last_row - tile * Shape::kQ;
         if (!early) load_q(h, i);
         early = false;
         load_d_o(h, i);
@@ -90,9 +99,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
       }
     }
     // Drawn late, with the loads of two steps under way: one drawn early would wait while other blocks have nothing.
-    int drawn = 0;
-    if (lane_index() == 0) drawn = grid_blocks() + int(increment_global(a.g.counters, a.order.items - 1));
-    number = int(broadcast(drawn));
+    number = draw();
   }
 }
 
@@ -114,7 +121,7 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
         float lse[kRowsPerLane], delta[kRowsPerLane];
 #pragma unroll
         for (int n = 0; n < kRowsPerLane; ++n) {
-          const int i = item.first_row + tile * Shape::kQ + n * kWarpThreads + lane_index();
+          const int i = item.last_row - tile * Shape::kQ + n * kWarpThreads + lane_index();
           const bool inside = i < item.q_len;
           lse[n] = inside ? load_global(a.p.lse + origin + i) : minus_infinity();
           delta[n] = inside ? load_global(a.g.delta + origin + i) : 0.0f;
@@ -129,6 +136,66 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
         }
         arrive_for_lane(shared_address(&smem.q_full[at.slot]));
         at.advance();
+      }
+    }
+    leave_item(smem, taken);
+  }
+}
+
+// The role of the warp that has key tiles add to dQ in the order of their ranks, in deterministic mode: it gives turns
+// to those who compute, and tells other blocks how far they have come. A tile waits for the earlier ones of its head
+// that have still to add to the same rows. They have lower numbers: their blocks are running, and do not wait for this
+// one.
+template <class Shape>
+__device__ __forceinline__ void order_additions(const BackwardArguments& a, BackwardSmem<Shape>& smem) {
+  RingPosition<BackwardSmem<Shape>::kDqTurns> turn(0);
+  uint32_t added_parity = 0;
+#pragma unroll 1
+  for (unsigned taken = 0;; ++taken) {
+    const BackwardItem item = wait_for_item(smem, taken);
+    if (item.first_key < 0) break;
+    // Where a formula says who sees whom, the rows of a tile neither begin nor end before those of an earlier one. The
+    // last of these then answers for all.
+    const int earliest = sequence_of<Shape>(a.p, item).is_formula() ? max(item.rank - 1, 0) : 0;
+    const int group = a.p.shape.heads / a.p.shape.kv_heads;
+    const int first_row = item.last_row - (item.q_tiles - 1) * Shape::kQ;
+    uint64_t* of_head =
+        a.g.rows_to_come + (int64_t(item.batch) * a.p.shape.heads + item.kv_head * group) * a.order.tiles;
+    const auto publish = [&](uint64_t* to, int end) {
+      store_global_release(to + item.rank, RowsToCome{uint32_t(first_row), uint32_t(end)}.word());
+    };
+#pragma unroll 1
+    for (int h = lane_index(); h < group; h += kWarpThreads) {
+      publish(of_head + h * a.order.tiles, item.last_row + Shape::kQ);
+    }
+#pragma unroll 1
+    for (int h = 0; h < group; ++h, of_head += a.order.tiles) {
+      const auto is_free = [&](int i) {
+        bool waits = false;
+#pragma unroll 1
+        for (int n = earliest + lane_index(); n < item.rank; n += kWarpThreads) {
+          const RowsToCome earlier = RowsToCome::of(load_global_acquire(of_head + n));
+          waits |= earlier.begin < i + Shape::kQ && earlier.end > i;
+        }
+        return !any_lane(waits);
+      };
+      const auto give_turn = [&] {
+        arrive_for_warp(shared_address(&smem.dq_turn[turn.slot]));
+        turn.advance();
+      };
+      bool given = false;
+#pragma unroll 1
+      for (int i = item.last_row; i >= first_row; i -= Shape::kQ) {
+        if (!given) {
+          while (!is_free(i)) continue;
+          give_turn();
+        }
+        // Looked at before it is needed: this takes as long as the additions do.
+        given = i > first_row && is_free(i - Shape::kQ);
+        mbarrier_wait(shared_address(&smem.dq_added), added_parity);
+        added_parity ^= 1;
+        if (given) give_turn();
+        if (lane_index() == 0) publish(of_head, i);
       }
     }
     leave_item(smem, taken);

@@ -1,4 +1,4 @@
-// dQ in a fixed order of summation, Hopper family:  dQ = scale sum over key tiles of dS K,
+// dQ of head dims above 128, Hopper family:  dQ = scale sum over key tiles of dS K, in their order,
 //   dS = P (dO V^T - delta),   P = exp(S - lse) recomputed.
 //
 // Persistent blocks, built like the forward: warp 0 loads by TMA, and numbers the work; warp 1 loads a bias or a mask
@@ -81,18 +81,17 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   using Smem = BackwardQuerySmem<Shape>;
   constexpr int kScoreCols = Shape::kK / 4;
   // Of shared memory, in a descriptor's units.
-  constexpr int kRowsPlace = Shape::kWarpgroups * sizeof(typename Smem::Rows) / 16;
   constexpr int kKeysPlace = Smem::Keys::kBytes / 16;
   constexpr int kValuesPlace = Smem::Values::kBytes / 16;
   const int warpgroup = warp_index() / 4 - 1;
-  const uint32_t q = descriptor(shared_address(smem.rows[0][warpgroup].q.bytes));
-  const uint32_t d_o = descriptor(shared_address(smem.rows[0][warpgroup].d_o.bytes));
+  const uint32_t q = descriptor(shared_address(smem.rows[warpgroup].q.bytes));
+  const uint32_t d_o = descriptor(shared_address(smem.rows[warpgroup].d_o.bytes));
   const uint32_t k = descriptor(shared_address(smem.k), Smem::Keys::kChunkBytes);
   const uint32_t v = descriptor(shared_address(smem.v));
   const uint32_t k_full = shared_address(smem.k_full), k_free = shared_address(smem.k_free);
   const uint32_t v_full = shared_address(smem.v_full), v_free = shared_address(smem.v_free);
 
-  RingPosition<Shape::kQueryPlaces> rows_at(0);
+  uint32_t rows_parity = 0;
   RingPosition<Shape::kKeyPlaces> k_at(0);
   RingPosition<Shape::kValuePlaces> v_at(0);
   unsigned taken = 0;              // items
@@ -131,9 +130,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
   };
   // Turns at issuing, as in the forward: barrier 1 + w is for warpgroup w.
   const auto await_turn = [&] { named_barrier_sync(1 + warpgroup, 2 * kWarpgroupThreads); };
-  const auto pass_turn = [&] {
-    named_barrier_arrive(warpgroup + 1 == Shape::kWarpgroups ? 1 : warpgroup + 2, 2 * kWarpgroupThreads);
-  };
+  const auto pass_turn = [&] { named_barrier_arrive(2 - warpgroup, 2 * kWarpgroupThreads); };
   const auto apply_rule = [&](Fragment<2, kScoreCols>& s, bool hides, CapSlopes<2, kScoreCols>& slopes) {
     const ForwardItem item = load_item<ForwardItem>(item_address(smem, taken - 1));
     const ScoreRule<kGeneral> rule(a.p.scores, item.batch, item.head);
@@ -173,11 +170,10 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     if (last_k_slot >= 0) {
       issue_query_gradient<Element, Shape>(dq, ds, k + last_k_slot * kKeysPlace, accumulate);
     }
-    if (first) mbarrier_wait(shared_address(&smem.rows_full[rows_at.slot][warpgroup]), rows_at.parity);
-    issue_product<Element, Shape::kHeadDim, Shape::kK>(s, q + rows_at.slot * kRowsPlace, k + k_slot * kKeysPlace);
+    if (first) mbarrier_wait(shared_address(&smem.rows_full[warpgroup]), rows_parity);
+    issue_product<Element, Shape::kHeadDim, Shape::kK>(s, q, k + k_slot * kKeysPlace);
     const auto issue_dp = [&] {
-      issue_product<Element, Shape::kValueDim, Shape::kK>(dp, d_o + rows_at.slot * kRowsPlace,
-                                                          v + v_at.slot * kValuesPlace);
+      issue_product<Element, Shape::kValueDim, Shape::kK>(dp, d_o, v + v_at.slot * kValuesPlace);
     };
     if constexpr (!Shape::kTwoTurns) {
       mbarrier_wait(v_full + 8 * v_at.slot, v_at.parity);
@@ -221,8 +217,8 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
     first = j == end;
     if (j == sink_end) j = broadcast(load_item<ForwardItem>(item_address(smem, taken - 1)).first_key);
     if (first) {
-      arrive_for_warp(shared_address(&smem.rows_free[rows_at.slot][warpgroup]));
-      rows_at.advance();
+      arrive_for_warp(shared_address(&smem.rows_free[warpgroup]));
+      rows_parity ^= 1;
     }
     if (dropping) drop_gradients(dp, s, a.p.scores.dropout.kept);
     if (hides) {
@@ -247,11 +243,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) backward_query(const __gri
   Smem& smem = shared_memory<Smem>();
   if (thread_index() == 0) {
     for (int i = 0; i < kItems; ++i) mbarrier_init(shared_address(&smem.item_ready[i]), 1);
-    for (int place = 0; place < Shape::kQueryPlaces; ++place) {
-      for (int w = 0; w < Shape::kWarpgroups; ++w) {
-        mbarrier_init(shared_address(&smem.rows_full[place][w]), 1);
-        mbarrier_init(shared_address(&smem.rows_free[place][w]), 4);  // warps, which also have read the item
-      }
+    for (int w = 0; w < Shape::kWarpgroups; ++w) {
+      mbarrier_init(shared_address(&smem.rows_full[w]), 1);
+      mbarrier_init(shared_address(&smem.rows_free[w]), 4);  // warps, which also have read the item
     }
     for (int place = 0; place < Shape::kKeyPlaces; ++place) {
       mbarrier_init(shared_address(&smem.k_full[place]), 1);

@@ -14,10 +14,9 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
   using Keys = typename Smem::Keys;
   using Values = typename Smem::Values;
   const uint32_t landed = shared_address(&smem.landed);
-  RingPosition<Shape::kQueryPlaces> rows_at(1);
   RingPosition<Shape::kKeyPlaces> k_at(1);
   RingPosition<Shape::kValuePlaces> v_at(1);
-  uint32_t landed_parity = 0;
+  uint32_t rows_parity = 1, landed_parity = 0;
   unsigned published = 0;
 
   // All chunks of a tile; one lane calls it.
@@ -31,9 +30,9 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
   const auto load_rows = [&](const ForwardItem& item) {
 #pragma unroll
     for (int w = 0; w < Shape::kWarpgroups; ++w) {
-      const uint32_t full = shared_address(&smem.rows_full[rows_at.slot][w]);
-      Rows& rows = smem.rows[rows_at.slot][w];
-      mbarrier_wait(shared_address(&smem.rows_free[rows_at.slot][w]), rows_at.parity);
+      const uint32_t full = shared_address(&smem.rows_full[w]);
+      Rows& rows = smem.rows[w];
+      mbarrier_wait(shared_address(&smem.rows_free[w]), rows_parity);
       if (elect_one()) {
         const int row = item.first_row + w * kWarpgroupRows;
         mbarrier_arrive_expect(full, sizeof(Rows));
@@ -41,7 +40,7 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
         load_chunks(rows.d_o, a.d_o, full, row, item.head, item.batch);
       }
     }
-    rows_at.advance();
+    rows_parity ^= 1;
   };
   // Rows of K that no query of the tile sees become zeros: what lies there belongs to others, and 0 x NaN is NaN. Of V
   // they may stay: their dP is masked.

@@ -6,25 +6,21 @@
 
 namespace jfa::sm90 {
 
-// A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Q and dO have kQueryPlaces in
-// shared memory; tiles of kK keys, and of their values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is
-// needed until the scores of the next one have been issued: two places are the least for them, for values one.
-template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kQueryPlaces_, int kKeyPlaces_,
-          int kValuePlaces_, unsigned kReads = kNothing>
+// A block has one warpgroup that loads, and two that compute, each 64 query rows. Tiles of kK keys, and of their
+// values, have rings of kKeyPlaces and kValuePlaces. A tile of keys is needed until the scores of the next one have
+// been issued: two places are the least for them, for values one.
+template <int kHeadDim_, int kValueDim_, int kK_, int kKeyPlaces_, int kValuePlaces_, unsigned kReads = kNothing>
 struct BackwardQueryTile : TileReads<kReads> {
-  using Seeing = BackwardQueryTile<kHeadDim_, kValueDim_, kWarpgroups_, kK_, kQueryPlaces_, kKeyPlaces_, kValuePlaces_,
-                                   kReads | kVisibility>;
+  using Seeing = BackwardQueryTile<kHeadDim_, kValueDim_, kK_, kKeyPlaces_, kValuePlaces_, kReads | kVisibility>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kValueDim = kValueDim_;
-  static constexpr int kWarpgroups = kWarpgroups_;
+  static constexpr int kWarpgroups = 2;
   static constexpr int kQ = kWarpgroups * kWarpgroupRows;
   static constexpr int kClusterQ = kQ;  // rows of one item
   static constexpr bool kAnyOrder = false;
   static constexpr int kK = kK_;
-  static constexpr int kQueryPlaces = kQueryPlaces_;
   static constexpr int kKeyPlaces = kKeyPlaces_;
   static constexpr int kValuePlaces = kValuePlaces_;
-  static_assert(kQueryPlaces <= 2, "items are published for two");
   static_assert(kKeyPlaces >= 2, "the keys of one tile are read while those of the next are");
   // For a tile of values that is to make room for the next one soon. Where there are more places it costs 5 to 7 %.
   static constexpr bool kTwoTurns = kValuePlaces == 1;
@@ -32,8 +28,8 @@ struct BackwardQueryTile : TileReads<kReads> {
 
   // Registers of a thread, as in ForwardTile.
   static constexpr int kStartRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : 24;
-  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : 240;
+  static constexpr int kLoadRegisters = 24;
+  static constexpr int kComputeRegisters = 240;
   static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <= (kWarpgroups + 1) * kStartRegisters,
                 "the warpgroups of a block do not have that many registers together");
 
@@ -41,69 +37,46 @@ struct BackwardQueryTile : TileReads<kReads> {
   static constexpr int kWideValueDim = (kValueDim + 63) / 64 * 64;
   static constexpr int kStagedBytes = TileReads<kReads>::kStagesScores ? 2 * kQ * ((kK + 63) / 64 * 64) : 0;
   static constexpr int kBarrierBytes = 1024;
-  static constexpr int kSharedBytes = 2 * kQueryPlaces * kQ * (kWideHeadDim + kWideValueDim) +
+  static constexpr int kSharedBytes = 2 * kQ * (kWideHeadDim + kWideValueDim) +
                                       2 * kK * (kKeyPlaces * kWideHeadDim + kValuePlaces * kWideValueDim) +
                                       kStagedBytes + kBarrierBytes;
 };
 
-// Some may be dropped too; without that a bias would be 4 % faster (d 128).
-template <int kHeadDim, int kValueDim, int kK, int kQueryPlaces, int kKeyPlaces, int kValuePlaces>
-using StagingQueryTile = BackwardQueryTile<kHeadDim, kValueDim, 2, kK, kQueryPlaces, kKeyPlaces, kValuePlaces,
-                                           kVisibility | kStagedScores | kAnyDropout>;
+// Some may be dropped too.
+template <int kHeadDim, int kValueDim, int kK, int kKeyPlaces, int kValuePlaces>
+using StagingQueryTile =
+    BackwardQueryTile<kHeadDim, kValueDim, kK, kKeyPlaces, kValuePlaces, kVisibility | kStagedScores | kAnyDropout>;
 
-// For each pair of head dim and value dim; Seeing: any visibility, plain scores. Figures are TFLOP/s of the whole
-// backward (10 b h s^2 d) as if this kernel alone made it, on an H200, 16384 tokens x 2048 columns in all, 4k, full and
-// causal, against the next best tile tried. With general scores a thread holds its part of a tile's bias as well.
+// For each pair of head dim and value dim, those above 128; Seeing: any visibility, plain scores. Figures are TFLOP/s
+// of the whole backward (10 b h s^2 d) as if this kernel alone made it, on an H200, 16384 tokens x 2048 columns in all,
+// 4k, full and causal, against the next best tile tried. With general scores a thread holds its part of a tile's bias
+// as well.
 template <int kHeadDim, int kValueDim>
 struct BackwardQueryTiles;
 
 template <>
-struct BackwardQueryTiles<64, 64> {
-  using Plain = BackwardQueryTile<64, 64, 2, 128, 2, 4, 4>;  // 916, 842 (3 warpgroups x 64 keys: 900, 786)
-  using Seeing = Plain::Seeing;
-  using General = Seeing;
-  using Staging = StagingQueryTile<64, 64, 96, 2, 3, 3>;
-  using Reading = BackwardQueryTile<64, 64, 2, 64, 2, 4, 4, kVisibility | kScoreTensors>;
-};
-template <>
-struct BackwardQueryTiles<96, 96> {
-  using Plain = BackwardQueryTile<96, 96, 3, 64, 1, 4, 4>;  // 1029, 883 (2 warpgroups: 980, 846; 96 keys: 870, 756)
-  using Seeing = Plain::Seeing;
-  using General = BackwardQueryTile<96, 96, 2, 96, 2, 2, 2, kVisibility>;
-  using Staging = StagingQueryTile<96, 96, 96, 1, 2, 2>;
-  using Reading = BackwardQueryTile<96, 96, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
-};
-template <>
-struct BackwardQueryTiles<128, 128> {
-  using Plain = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3>;  // 1090, 992 (96 keys: 998, 898)
-  using Seeing = Plain::Seeing;
-  using General = BackwardQueryTile<128, 128, 2, 96, 2, 2, 2, kVisibility>;  // soft cap: 890, 809 (64 keys: 827, 766)
-  using Staging = StagingQueryTile<128, 128, 96, 1, 2, 2>;
-  using Reading = BackwardQueryTile<128, 128, 2, 64, 2, 3, 3, kVisibility | kScoreTensors>;
-};
-template <>
 struct BackwardQueryTiles<192, 128> {
-  using Plain = BackwardQueryTile<192, 128, 2, 64, 1, 4, 3>;  // with dK and dV 545, 510 (80 keys: 541, 504)
+  using Plain = BackwardQueryTile<192, 128, 64, 4, 3>;  // with dK and dV 545, 510 (80 keys: 541, 504)
   using Seeing = Plain::Seeing;
   using General = Seeing;
-  using Staging = StagingQueryTile<192, 128, 64, 1, 3, 2>;
-  using Reading = BackwardQueryTile<192, 128, 2, 48, 1, 4, 4, kVisibility | kScoreTensors>;
+  using Staging = StagingQueryTile<192, 128, 64, 3, 2>;
+  using Reading = BackwardQueryTile<192, 128, 48, 4, 4, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<192, 192> {
-  using Plain = BackwardQueryTile<192, 192, 2, 64, 1, 3, 2>;  // with dK and dV 464, 425 (80 keys: 432, 400)
+  using Plain = BackwardQueryTile<192, 192, 64, 3, 2>;  // with dK and dV 464, 425 (80 keys: 432, 400)
   using Seeing = Plain::Seeing;
   using General = Seeing;
-  using Staging = StagingQueryTile<192, 192, 64, 1, 3, 1>;  // bias: 869, 769 (2 and 2 places: 832, 737)
-  using Reading = BackwardQueryTile<192, 192, 2, 48, 1, 3, 3, kVisibility | kScoreTensors>;
+  using Staging = StagingQueryTile<192, 192, 64, 3, 1>;  // bias: 869, 769 (2 and 2 places: 832, 737)
+  using Reading = BackwardQueryTile<192, 192, 48, 3, 3, kVisibility | kScoreTensors>;
 };
 template <>
 struct BackwardQueryTiles<256, 256> {
-  using Plain = BackwardQueryTile<256, 256, 2, 64, 1, 2, 1>;  // 1163, 1025 (one turn: 986, 928; 48 keys: 955, 881)
+  using Plain = BackwardQueryTile<256, 256, 64, 2, 1>;  // 1163, 1025 (one turn: 986, 928; 48 keys: 955, 881)
   using Seeing = Plain::Seeing;
-  using General = BackwardQueryTile<256, 256, 2, 48, 1, 3, 1, kVisibility>;  // soft cap: 941, 874 (2 and 2: 869, 821)
-  using Staging = StagingQueryTile<256, 256, 48, 1, 2, 1>;
-  using Reading = BackwardQueryTile<256, 256, 2, 32, 1, 3, 3, kVisibility | kScoreTensors>;
+  using General = BackwardQueryTile<256, 256, 48, 3, 1, kVisibility>;  // soft cap: 941, 874 (2 and 2: 869, 821)
+  using Staging = StagingQueryTile<256, 256, 48, 2, 1>;
+  using Reading = BackwardQueryTile<256, 256, 32, 3, 3, kVisibility | kScoreTensors>;
 };
 
 // Calls f(Type<BackwardQueryTile<...>>, std::bool_constant) with the tile that a call runs, and whether scores are

@@ -38,12 +38,11 @@ struct BackwardQuerySmem : std::conditional_t<Shape::kStagesScores, BackwardQuer
   using StagedBias = Tile<kWarpgroupRows, Shape::kK>;
   using StagedMask = ByteTile<kWarpgroupRows, swizzled_bytes(Shape::kK)>;
 
-  Rows rows[Shape::kQueryPlaces][Shape::kWarpgroups];
+  Rows rows[Shape::kWarpgroups];
   Keys k[Shape::kKeyPlaces];
   Values v[Shape::kValuePlaces];
   alignas(8) uint64_t item_ready[kItems];
-  uint64_t rows_full[Shape::kQueryPlaces][Shape::kWarpgroups];
-  uint64_t rows_free[Shape::kQueryPlaces][Shape::kWarpgroups];
+  uint64_t rows_full[Shape::kWarpgroups], rows_free[Shape::kWarpgroups];
   uint64_t k_full[Shape::kKeyPlaces], k_free[Shape::kKeyPlaces];
   uint64_t v_full[Shape::kValuePlaces], v_free[Shape::kValuePlaces];
   uint64_t landed;  // a tile of K that has to be cleaned before it is full

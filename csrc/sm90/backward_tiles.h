@@ -152,15 +152,40 @@ int64_t dq_accumulator_floats(const Problem& p) {
   }
 }
 
+// Of Gradients::rows_to_come, in deterministic mode.
+template <int kHeadDim>
+int64_t rows_to_come_floats(const Problem& p) {
+  if constexpr (kHeadDim > 128) {
+    return 0;
+  } else {
+    return with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
+      constexpr int kKeys = decltype(tile)::type::kK;
+      const int64_t tiles = (int64_t(p.shape.k_len) + kKeys - 1) / kKeys;
+      return (2 * int64_t(p.shape.batch) * p.shape.heads * tiles + 3) / 4 * 4;
+    });
+  }
+}
+
 // Queries, dO and accumulated dQ of a section stay in the L2 together: all heads at once cost 20 to 25 % (d 128 at 1024
 // tokens, d 64 at 4096), 20 MB 1 to 2 % (1024 tokens). Sections of fewer than 32 items cost 1 % (groups of 4 heads,
 // 2048 tokens, causal).
-inline WorkOrder backward_order(const Problem& p, int k_tile) {
-  constexpr int64_t kSectionBytes = 10 << 20, kLeastItems = 32;
+//
+// In deterministic mode a key tile is some 1.2 steps behind the one before it in adding to the same rows, and blocks
+// wait where a head's tiles are begun closer to each other: sections have as many heads as kLag multiprocessors need
+// (4k causal, d 128: 362 with the sections above, 477 with kLag = 200, 473 with 400; 1k full 427, 436, 417).
+inline WorkOrder backward_order(const Problem& p, int q_tile, int k_tile, bool deterministic) {
+  constexpr int64_t kSectionBytes = 10 << 20, kLeastItems = 32, kLag = 200;
   const Shape& s = p.shape;
   const int64_t heads = int64_t(s.kv_heads) * s.batch, tiles = (s.k_len + k_tile - 1) / k_tile;
-  const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (6 * s.head_dim + 2 * s.value_dim);
-  return work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, kLeastItems);
+  const int64_t group_rows = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len;
+  const int64_t bytes = group_rows * (6 * s.head_dim + 2 * s.value_dim);
+  int64_t least_items = kLeastItems;
+  if (deterministic) {
+    const bool is_causal = p.visibility.window_right < s.k_len;
+    const int64_t steps = std::max<int64_t>(group_rows / (is_causal ? 2 : 1) / q_tile, 1);  // of an item
+    least_items = std::max(least_items, kLag * tiles / steps);
+  }
+  return work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, least_items);
 }
 
 }  // namespace jfa::sm90

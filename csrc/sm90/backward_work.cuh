@@ -25,14 +25,16 @@ struct BackwardArguments {
 struct BackwardItem {
   int first_key;  // negative: there is no more work
   int kv_head, batch;
+  int rank;  // among the key tiles of this head, by which they add to dQ in deterministic mode
   int q_len, k_len;
-  int first_row, q_tiles;  // on the grid of tiles that all key tiles share; possibly none
+  int last_row, q_tiles;  // where the last query tile begins, from which they come down, and how many; possibly none
 };
 // An item is read for the last time while the next two are published.
 constexpr int kBackwardItems = 4;
 
 template <class Shape>
 struct BackwardSmem {
+  static constexpr int kDqTurns = Shape::kShare == QueryShare::kTurns ? Shape::kWarpgroups : 1;
   struct Stage {
     float lse_log2[Shape::kQ];  // +inf for a row that sees nothing
     float delta[Shape::kQ];
@@ -54,6 +56,8 @@ struct BackwardSmem {
   uint64_t stage_free[Shape::kStages];  // of Q, dO, the statistics, and what is staged
   uint64_t kv_full, kv_free;
   uint64_t ds_full;
+  // In deterministic mode: a tile's sums may be added to dQ, by one warpgroup of kTurns or by all; and have been.
+  uint64_t dq_turn[kDqTurns], dq_added;
   uint64_t landed;  // a tile that has to be cleaned before it is full
   uint64_t item_ready[kBackwardItems];
   BackwardItem items[kBackwardItems];
@@ -84,15 +88,26 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   item.first_key = place.tile * Shape::kK;
   item.kv_head = place.head;
   item.batch = place.batch;
+  item.rank = place.rank;
   const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);
   if (rows.empty()) rows = {0, 0};  // not one that ends before it begins: loops over its tiles must agree
-  item.first_row = rows.begin / Shape::kQ * Shape::kQ;
-  item.q_tiles = ceil_div(rows.end - item.first_row, Shape::kQ);
+  const int first_row = rows.begin / Shape::kQ * Shape::kQ;  // on the grid of tiles that all key tiles share
+  item.q_tiles = ceil_div(rows.end - first_row, Shape::kQ);
+  item.last_row = first_row + (item.q_tiles - 1) * Shape::kQ;
   return item;
 }
+
+// In deterministic mode: the query rows [begin, end) that a key tile has not added to yet. All zeros stand for all rows
+// there are, of a key tile that no block has begun with.
+struct RowsToCome {
+  uint32_t begin, end;
+
+  __device__ __forceinline__ static RowsToCome of(uint64_t word) { return {uint32_t(word), ~uint32_t(word >> 32)}; }
+  __device__ __forceinline__ uint64_t word() const { return uint64_t(~end) << 32 | begin; }
+};
 
 // In a tile of dQ's accumulator, where a piece of a band begins; and of the `number`-th piece in memory, which it is.
 template <class Layout>

@@ -114,7 +114,7 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
 // and the schedule, which names all.
 template <int kHeadDim>
 void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
-  const bool has_query_kernel = g.deterministic || kHeadDim > 128;
+  constexpr bool kHasQueryKernel = kHeadDim > 128;
   const auto of_keys = [&](auto tile, int k_tile, const WorkOrder& order) {
     using Tile = typename decltype(tile)::type;
     plan.head_dim = Tile::kHeadDim;
@@ -123,13 +123,15 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
     plan.schedule = "persistent blocks: dK and dV by key tiles, " + describe(order, true) +
-                    (has_query_kernel ? "" : ", and dQ by float32 additions from all of them") +
+                    (kHasQueryKernel   ? ""
+                     : g.deterministic ? ", and dQ by float32 additions from all of them, in the order of keys"
+                                       : ", and dQ by float32 additions from all of them") +
                     describe_scores<Tile>(p);
   };
   if constexpr (kHeadDim <= 128) {
     with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
       constexpr int kKeys = decltype(tile)::type::kK;
-      of_keys(tile, kKeys, backward_order(p, kKeys));
+      of_keys(tile, kKeys, backward_order(p, decltype(tile)::type::kQ, kKeys, g.deterministic));
     });
   } else {
     with_backward_wide_tile<kHeadDim>(p, [&](auto tile, auto) {
@@ -142,7 +144,7 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     plan.shared_memory_bytes = std::max<int64_t>(plan.shared_memory_bytes, Tile::kSharedBytes);
     plan.schedule += "; " + what + ", " + std::to_string(Tile::kQ) + " x " + std::to_string(Tile::kK);
   };
-  if (has_query_kernel) {
+  if constexpr (kHasQueryKernel) {
     with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
       const WorkOrder order = forward_order(p, decltype(tile)::type::kQ);
       add_kernel(tile, "dQ by query tiles");

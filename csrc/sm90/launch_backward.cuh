@@ -14,7 +14,7 @@
 
 namespace jfa::sm90 {
 
-// dK and dV, and unless deterministic dQ.
+// dK, dV and dQ.
 template <class Element, class Shape, bool kGeneral>
 Status launch_key_gradients(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
   static_assert(sizeof(BackwardSmem<Shape>) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
@@ -29,7 +29,7 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
   BackwardArguments a;
   a.p = p;
   a.g = g;
-  a.order = backward_order(p, Shape::kK);
+  a.order = backward_order(p, Shape::kQ, Shape::kK, g.deterministic);
   Status status = Status::Ok();
   if (a.order.items > 0) {
     const bool has_queries = s.q_len > 0;  // an empty array may have no address
@@ -46,7 +46,7 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
     status = launch("jax_flashattn sm90 backward", backward<Element, Shape, kGeneral>,
                     Grid{workers, Shape::kThreads, Shape::kSharedBytes}, stream, a);
   }
-  if (!status.ok() || g.deterministic) return status;
+  if (!status.ok()) return status;
   return launch("jax_flashattn sm90 store_dq", store_dq<Element, Shape>,
                 Grid{query_tiles(p, Shape::kQ) * s.heads * s.batch, kStoreThreads, sizeof(StoreSmem<Shape>)}, stream, p,
                 g);
@@ -66,9 +66,7 @@ Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors
       });
     } else {
       status = launch_backward_wide<Element, kHeadDim>(p, g, g.counters, multiprocessors, stream);
-    }
-    if (status.ok() && (g.deterministic || kHeadDim > 128)) {
-      status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
+      if (status.ok()) status = launch_backward_query<Element, kHeadDim>(p, g, g.counters + 1, multiprocessors, stream);
     }
     return status;
   });

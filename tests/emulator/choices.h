@@ -78,7 +78,7 @@ Status with_backward_bias_tile(const Problem& p, F&& f) {
 // The JFA_CHOICES that a call comes to. One that is missing makes the mutant's call end with left_out(), which no test
 // takes for a fault.
 template <int kHeadDim>
-std::string choices(const Problem& p, bool deterministic, bool is_backward, int multiprocessors) {
+std::string choices(const Problem& p, bool is_backward, int multiprocessors) {
   std::string list;
   const auto add = [&](auto... types) {
     char* name = abi::__cxa_demangle(typeid(Choice<decltype(types)...>).name(), nullptr, nullptr, nullptr);
@@ -93,8 +93,8 @@ std::string choices(const Problem& p, bool deterministic, bool is_backward, int 
     choose_backward_tile<kHeadDim>(p, add);
   } else {
     choose_backward_wide_tile<kHeadDim>(p, add);
+    choose_backward_query_tile<kHeadDim>(p, add);
   }
-  if (deterministic || kHeadDim > 128) choose_backward_query_tile<kHeadDim>(p, add);
   if (p.scores.bias.data != nullptr && has_bias_tiles(p)) choose_backward_bias_tile<kHeadDim>(p, add);
   return list;
 }

@@ -211,7 +211,7 @@ class Session(ctypes.Structure):
     """Mirror of Session in api.h."""
 
     _fields_ = [("seed", ctypes.c_uint64)]
-    _fields_ += [(n, ctypes.c_int64) for n in ("host_threads", "multiprocessors")]
+    _fields_ += [(n, ctypes.c_int64) for n in ("host_threads", "multiprocessors", "together")]
     _fields_ += [(n, ctypes.c_uint64) for n in _COUNTERS]
     _fields_ += [("fault", ctypes.c_char * 4096)]
 
@@ -229,6 +229,8 @@ class Device(contextlib.AbstractContextManager):
       seed: decides which thread runs next.
       host_threads: clusters that run at once.
       multiprocessors: how many the device says it has; persistent kernels launch as many blocks.
+      together: blocks of a small grid take turns, as those of a cluster do, instead of running one
+        after another.
     """
 
     def __init__(
@@ -237,10 +239,14 @@ class Device(contextlib.AbstractContextManager):
         seed: int = 1,
         host_threads: int = 2,
         multiprocessors: int = 3,
+        together: bool = False,
     ):
         self.library = library
         self.session = Session(
-            seed=seed, host_threads=host_threads, multiprocessors=multiprocessors
+            seed=seed,
+            host_threads=host_threads,
+            multiprocessors=multiprocessors,
+            together=together,
         )
         self._memory = ctypes.c_void_p(library.memory_create())
         self._arrays: list[np.ndarray] = []  # kept alive

@@ -37,7 +37,7 @@ static std::string why_refused(const Launch& launch) {
   if (launch.threads <= 0 || launch.threads > 1024 || launch.threads % kWarp != 0) {
     return text("%d threads in a block: whole warps are needed, and at most 1024 threads", launch.threads);
   }
-  if (launch.cluster < 1 || launch.cluster > 8 || launch.blocks % launch.cluster != 0) {
+  if (launch.cluster < 1 || launch.cluster > kLargestCluster || launch.blocks % launch.cluster != 0) {
     return text("%d blocks in clusters of %d", launch.blocks, launch.cluster);
   }
   constexpr size_t kSharedBytes = 232448;  // of a block, on the largest device there is

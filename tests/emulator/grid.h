@@ -9,6 +9,8 @@
 
 namespace emulator {
 
+constexpr int kLargestCluster = 8;
+
 // Returns what went wrong first, or an empty string; `counters` are added to.
 std::string run(const Launch& launch, GlobalMemory& global, const std::function<void()>& kernel, Counters& counters);
 

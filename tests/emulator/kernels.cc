@@ -225,8 +225,7 @@ extern "C" uint64_t call_bytes() { return sizeof(Call); }
 // A mutant of the Hopper family needs no other kernels for this call's forward or backward: the value of JFA_CHOICES.
 extern "C" const char* choices(const Session* session, const Call* call, int is_backward) {
   static thread_local std::string list;
-  list = jfa::sm90::choices<JFA_HEAD_DIMS>(problem_of(*call), call->deterministic != 0, is_backward != 0,
-                                           int(session->multiprocessors));
+  list = jfa::sm90::choices<JFA_HEAD_DIMS>(problem_of(*call), is_backward != 0, int(session->multiprocessors));
   return list.c_str();
 }
 

@@ -127,7 +127,7 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
       dtype: "float16" or "bfloat16".
       gradients: run the backward too.
       general: pass the scale as an array, so that the kernels for general scores run in any case.
-      deterministic: dQ by backward_query instead of the accumulator.
+      deterministic: dQ summed in a fixed order.
       lse_cotangent: give the backward a gradient of lse.
       family: of kernels: "sm80" or "sm90".
       edits: as of build(): run a mutant of the last pass that runs.

@@ -191,7 +191,18 @@ class Machine {
     switch_to_next(me.fiber);
     me.waits_on = nullptr;
   }
-  void wake(int thread) { runnable_.push_back(thread); }
+  // Lets others run: for threads that look until something has changed, which they may not do for ever.
+  void pause(const Where& where) {
+    constexpr int kMostPauses = 1 << 23;  // seconds
+    note(where);
+    if (++pauses_ > kMostPauses) fail(where, "looks for a change that does not come; " + who_waits_where());
+    runnable_.push_back(running_);
+    switch_to_next(threads_[running_].fiber);
+  }
+  void wake(int thread) {
+    pauses_ = 0;
+    runnable_.push_back(thread);
+  }
 
   // Ends the launch: records the first fault and leaves the fiber for good.
   [[noreturn]] void stop(const Where& where, const std::string& what);
@@ -320,6 +331,7 @@ class Machine {
   Fiber main_;
   uint64_t random_;
   int first_block_ = 0, running_ = -1, rank_ = 0, alive_ = 0, leader_ = 0;
+  int pauses_ = 0;  // since a thread was last woken
   std::string fault_;
   Counters counters_;
 };

@@ -230,6 +230,19 @@ inline uint32_t increment_global(uint32_t* counter, uint32_t last, Site site = {
   return before;
 }
 
+// Words by which threads tell each other of what they did, blocks on other host threads included. Whoever looks may be
+// waiting for others to run.
+inline uint64_t load_global_acquire(const uint64_t* pointer, Site site = {}) {
+  const emulator::Where where = {"load_global_acquire", site};
+  emulator::machine().pause(where);
+  const auto place = emulator::machine().add_global(const_cast<uint64_t*>(pointer), 8, where);
+  return __atomic_load_n(reinterpret_cast<const uint64_t*>(place), __ATOMIC_ACQUIRE);
+}
+inline void store_global_release(uint64_t* pointer, uint64_t value, Site site = {}) {
+  const auto place = emulator::machine().add_global(pointer, 8, {"store_global_release", site});
+  __atomic_store_n(reinterpret_cast<uint64_t*>(place), value, __ATOMIC_RELEASE);
+}
+
 inline int opaque(int x) { return x; }
 inline void settle(float&) {}
 
