@@ -183,9 +183,9 @@ MUTANTS = {
     "masked-gradients-not-hidden-of-general-scores": (
         "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned-general"),
     "address-of-dq-left-behind": (
-        "backward.cuh", ": dq_before - Layout::kTileFloats;", ": dq_before;", "dense-1000x1000"),
+        "backward.cuh", ": dq_before + step * Shape::kHeadDim;", ": dq_before;", "dense-1000x1000"),
     "dq-added-a-tile-late": (
-        "backward.cuh", "row_before = i;", "row_before = i - Shape::kQ;", "cap"),
+        "backward.cuh", "row_before = i;", "row_before = i + Shape::kQ;", "cap"),
 }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ MUTANTS_OF_THE_BACKWARD = MUTANTS_OF_BOTH | {
         READER, "2 * (warp_index() - 4) + lane_index() / 8 % 2", "2 * (warp_index() - 4)",
         BIASED),
     "mask-of-the-first-rows": (
-        BACKWARD, "item.last_row - tile * Shape::kQ, h", "item.last_row, h", MASKED),
+        BACKWARD, "item.from_row + tile * row_step<Shape>(a.g), h", "item.from_row, h", MASKED),
     "mask-of-other-rows": (
         READER, "lane_index()) & row_mask_", "lane_index())", "mask-aligned-2x1x1x272"),
     "bias-of-other-rows": (

@@ -82,6 +82,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   const int band = Shape::kShare == QueryShare::kTurns ? warp % 4 : warp;
   const bool ordered = a.g.deterministic;
   constexpr bool kTurns = Shape::kShare == QueryShare::kTurns;
+  const int step = row_step<Shape>(a.g);
 
   const auto await_turn = [&] {
     if (Shape::kTakesTurns) named_barrier_sync(1 + warpgroup, 2 * kWarpgroupThreads);
@@ -99,8 +100,8 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
   for (unsigned taken = 0;; ++taken) {
     const BackwardItem item = wait_for_item(smem, taken);
     if (item.first_key < 0) break;
-    const int last_row = broadcast(item.last_row);
-    const int first_row = last_row - (broadcast(item.q_tiles) - 1) * Shape::kQ;
+    const int from_row = broadcast(item.from_row);
+    const int to_row = from_row + (broadcast(item.q_tiles) - 1) * step;
     const int first_key = broadcast(item.first_key) + warp * 16;
     // Queries that see all keys of this warp.
     const Interval unmasked = sequence_of<Shape>(a.p, item).rows_of_all_keys(first_key, first_key + 16);
@@ -118,7 +119,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
 
     int h = broadcast(item.kv_head) * group;
     int heads_left = item.q_tiles > 0 ? group : 0;
-    int i = last_row;
+    int i = from_row;
     const auto dq_of = [&](int head, int row) {
       const int batch = load_shared_32(shared_address(&smem.items[taken % kBackwardItems].batch));
       return dq_tile<Shape>(a.p, a.g, batch, head, row) + piece_offset<Layout>(band, 0) +
@@ -254,7 +255,7 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
         issue_key_gradient<Element, Shape>(dk, ds_operand, q + slot * kQueryPlace);
         pass_turn();
       }
-      if (kRoomy) dq_before = i == last_row ? dq_of(h, i) : dq_before - Layout::kTileFloats;
+      if (kRoomy) dq_before = i == from_row ? dq_of(h, i) : dq_before + step * Shape::kHeadDim;
       head_before = h;
       row_before = i;
       if (++whose == Shape::kWarpgroups) whose = 0;
@@ -263,12 +264,12 @@ __device__ __forceinline__ void compute_backward(const BackwardArguments& a, Bac
       arrive_for_lane(shared_address(&smem.stage_free[slot]));  // its statistics were read by every lane
       at.advance();
       ds_at.advance();
-      if (i == first_row) {
-        i = last_row + Shape::kQ;
+      if (i == to_row) {
+        i = from_row - step;
         ++h;
         --heads_left;
       }
-      i -= Shape::kQ;
+      i += step;
     }
     if (!is_first) {
       await_ds();

@@ -74,7 +74,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     };
     const int group = a.p.shape.heads / a.p.shape.kv_heads;
     bool early = item.q_tiles > 0;  // the first Q is on its way while the item before is being finished
-    if (early) load_q(item.kv_head * group, item.last_row);
+    if (early) load_q(item.kv_head * group, item.from_row);
     mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);
     const Interval all{item.first_key, item.first_key + Shape::kK};
     const auto load_keys = [&](const TensorMap& map, uint32_t to, const Interval& part, bool gaps) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     for (int h = item.kv_head * group; h < (item.kv_head + 1) * group; ++h) {
 #pragma unroll 1
       for (int tile = 0; tile < item.q_tiles; ++tile) {
-        const int i = item.last_row - tile * Shape::kQ;
+        const int i = item.from_row + tile * row_step<Shape>(a.g);
         if (!early) load_q(h, i);
         early = false;
         load_d_o(h, i);
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_statistics(const BackwardArguments& a, Back
         float lse[kRowsPerLane], delta[kRowsPerLane];
 #pragma unroll
         for (int n = 0; n < kRowsPerLane; ++n) {
-          const int i = item.last_row - tile * Shape::kQ + n * kWarpThreads + lane_index();
+          const int i = item.from_row + tile * row_step<Shape>(a.g) + n * kWarpThreads + lane_index();
           const bool inside = i < item.q_len;
           lse[n] = inside ? load_global(a.p.lse + origin + i) : minus_infinity();
           delta[n] = inside ? load_global(a.g.delta + origin + i) : 0.0f;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void order_additions(const BackwardArguments& a, Back
     // last of these then answers for all.
     const int earliest = sequence_of<Shape>(a.p, item).is_formula() ? max(item.rank - 1, 0) : 0;
     const int group = a.p.shape.heads / a.p.shape.kv_heads;
-    const int first_row = item.last_row - (item.q_tiles - 1) * Shape::kQ;
+    const int first_row = item.from_row - (item.q_tiles - 1) * Shape::kQ;
     uint64_t* of_head =
         a.g.rows_to_come + (int64_t(item.batch) * a.p.shape.heads + item.kv_head * group) * a.order.tiles;
     const auto publish = [&](uint64_t* to, int end) {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void order_additions(const BackwardArguments& a, Back
     };
 #pragma unroll 1
     for (int h = lane_index(); h < group; h += kWarpThreads) {
-      publish(of_head + h * a.order.tiles, item.last_row + Shape::kQ);
+      publish(of_head + h * a.order.tiles, item.from_row + Shape::kQ);
     }
 #pragma unroll 1
     for (int h = 0; h < group; ++h, of_head += a.order.tiles) {
@@ -185,7 +185,7 @@ __device__ __forceinline__ void order_additions(const BackwardArguments& a, Back
       };
       bool given = false;
 #pragma unroll 1
-      for (int i = item.last_row; i >= first_row; i -= Shape::kQ) {
+      for (int i = item.from_row; i >= first_row; i -= Shape::kQ) {
         if (!given) {
           while (!is_free(i)) continue;
           give_turn();

@@ -24,7 +24,7 @@ __device__ __forceinline__ void load_staged(const BackwardArguments& a, Backward
         if (!elect_one()) continue;
         load_staged_tile<BackwardSmem<Shape>>(a, shared_address(smem.staged.scores[at.slot].bytes),
                                               shared_address(&smem.staged_full[at.slot]), item.first_key,
-                                              item.last_row - tile * Shape::kQ, h, item.batch);
+                                              item.from_row + tile * row_step<Shape>(a.g), h, item.batch);
       }
     }
     leave_item(smem, taken);

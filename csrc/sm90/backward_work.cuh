@@ -27,7 +27,7 @@ struct BackwardItem {
   int kv_head, batch;
   int rank;  // among the key tiles of this head, by which they add to dQ in deterministic mode
   int q_len, k_len;
-  int last_row, q_tiles;  // where the last query tile begins, from which they come down, and how many; possibly none
+  int from_row, q_tiles;  // the first query tile to come, and how many there are; possibly none
 };
 // An item is read for the last time while the next two are published.
 constexpr int kBackwardItems = 4;
@@ -79,6 +79,13 @@ __device__ __forceinline__ void leave_item(BackwardSmem<Shape>& smem, unsigned c
   arrive_for_warp(shared_address(&smem.kv_free));
 }
 
+// From one query tile of an item to the next. Causal key tiles begin with the rows on the diagonal, each with others.
+// Where their additions have an order, with the last ones: what comes first by number, and is longer, is there already.
+template <class Shape>
+__device__ __forceinline__ int row_step(const Gradients& g) {
+  return g.deterministic ? -Shape::kQ : Shape::kQ;
+}
+
 // The item with that number: sections of heads, in each of them the first key tiles of all heads first. `rows` are the
 // queries that see some key of the tile.
 template <class Shape>
@@ -96,7 +103,7 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   if (rows.empty()) rows = {0, 0};  // not one that ends before it begins: loops over its tiles must agree
   const int first_row = rows.begin / Shape::kQ * Shape::kQ;  // on the grid of tiles that all key tiles share
   item.q_tiles = ceil_div(rows.end - first_row, Shape::kQ);
-  item.last_row = first_row + (item.q_tiles - 1) * Shape::kQ;
+  item.from_row = a.g.deterministic ? first_row + (item.q_tiles - 1) * Shape::kQ : first_row;
   return item;
 }
 
