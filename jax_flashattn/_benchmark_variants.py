@@ -98,6 +98,20 @@ def variants(implementations: list[str], against: list[str]) -> tuple[dict, dict
     return {f"ours {x}": ours(x) for x in implementations}, others
 
 
+def chained(attention: Attention, calls: int) -> Attention:
+    """That many calls, each with the outputs of the one before as its queries.
+
+    Calls that do not depend on each other XLA would make one of.
+    """
+
+    def chain(q, k, v, causal):
+        for _ in range(calls):
+            q = attention(q, k, v, causal)
+        return q
+
+    return chain
+
+
 def inputs(row: Shape, dtype: str) -> list[jax.Array]:
     """query, key, value, and the output's cotangent: N(0, 1), never zeros, which run faster."""
     keys = jax.random.split(jax.random.key(0), 4)

@@ -36,7 +36,14 @@ from jax_flashattn._benchmark_report import (
     write_csv,
     write_plots,
 )
-from jax_flashattn._benchmark_variants import Attention, families, features, inputs, variants
+from jax_flashattn._benchmark_variants import (
+    Attention,
+    chained,
+    families,
+    features,
+    inputs,
+    variants,
+)
 
 WARM_UP_SECONDS = 0.15
 ROUNDS, ROUND_SECONDS = 5, 0.05
@@ -74,6 +81,13 @@ def shape(text: str) -> Shape:
     if made.heads % made.kv_heads:
         raise argparse.ArgumentTypeError(f"{text!r}: {made.kv_heads} does not divide {made.heads}")
     return made
+
+
+def count(text: str) -> int:
+    """Parses a positive number."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def program(attention: Attention, which: str, causal: bool) -> Callable:
@@ -164,6 +178,8 @@ def parse(arguments) -> argparse.Namespace:
     add("--against", nargs="*", choices=peers, default=against)
     text = "instead of --ours and --against: what each option leaves of plain attention's speed"
     add("--features", action="store_true", help=text)
+    text = "so many calls in each program, for those too short to be called from Python one by one"
+    add("--chain", type=count, default=1, metavar="CALLS", help=text)
     add("--quick", action="store_true", help="a few rows only")
     add("--markdown", action="store_true", help="also print one table for a README")
     add("--output", type=Path, metavar="DIR", help="write results.csv, environment.json and plots")
@@ -224,14 +240,20 @@ def main(arguments=None) -> int:
                         said.add(kind)
                         bar.write(f"{name} cannot run {which} of {row}: {text}")
 
-                found = measure(attention, row, arrays, options.passes, complain, bar.update)
+                chain = chained(attention, options.chain)
+                found = measure(chain, row, arrays, options.passes, complain, bar.update)
                 for which, result in found.items():
-                    report.measured[row, which, name] = result
+                    of_one = result._replace(seconds=result.seconds / options.chain)
+                    report.measured[row, which, name] = of_one
             if options.output:  # after each row: a run that is cut short leaves what it has
                 write_csv(report, options.output / "results.csv")
 
     for which in options.passes:
         print(f"\n{which}, TFLOP/s, {options.dtype}\n{aligned(cells(report, [which]))}")
+    if options.chain > 1:
+        print(
+            f"\nof one of {options.chain} calls, each with the outputs of the last as its queries"
+        )
     if "backward" in options.passes:
         print("\nbackward: the time of both, measured as its own program, less the forward's")
     if options.markdown:

@@ -245,6 +245,26 @@ def test_programs_compute_what_they_say():
             np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-5)
 
 
+def test_chained_calls(monkeypatch, tmp_path):
+    """Each takes the outputs of the one before, and the time that is reported is one's."""
+    q, k, v, _ = _benchmark_variants.inputs(Shape(8, 1, 16, 2, 1, True), "float32")
+    (attention,) = _benchmark_variants.variants(["auto"], [])[0].values()
+    q2 = attention(q, k, v, True)
+    chain = _benchmark_variants.chained(attention, 2)
+    np.testing.assert_array_equal(chain(q, k, v, True), attention(q2, k, v, True))
+    assert not np.allclose(q2, chain(q, k, v, True))
+
+    monkeypatch.setattr(benchmark, "timed", lambda function, arrays: Measured(0.6, None))
+    row = ["--shapes", "8,1,16,2,1,yes", "--passes", "forward", "--output", str(tmp_path)]
+    for calls in (1, 3):
+        assert benchmark.main([*row, "--chain", str(calls)]) == 0
+        times = [float(x["milliseconds"]) for x in read(tmp_path / "results.csv")]
+        assert times == [pytest.approx(600 / calls)] * len(times)
+        assert times
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--chain", "0"])
+
+
 def test_features_are_what_they_are_called():
     row = Shape(8, 2, 16, 2, 1, True)
     q, k, v, _ = _benchmark_variants.inputs(row, "float32")
