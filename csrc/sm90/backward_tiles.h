@@ -171,8 +171,9 @@ int64_t rows_to_come_floats(const Problem& p) {
 // 2048 tokens, causal).
 //
 // In deterministic mode a key tile is some 1.2 steps behind the one before it in adding to the same rows, and blocks
-// wait where a head's tiles are begun closer to each other: sections have as many heads as kLag multiprocessors need
-// (4k causal, d 128: 362 with the sections above, 477 with kLag = 200, 473 with 400; 1k full 427, 436, 417).
+// wait where a head's tiles are begun closer to each other. So sections have heads enough for the tiles of one rank to
+// take kLag steps together (4k causal, d 128: 362 with the sections above, 477 with kLag = 200, 473 with 400; 1k full
+// 427, 436, 417).
 inline WorkOrder backward_order(const Problem& p, int q_tile, int k_tile, bool deterministic) {
   constexpr int64_t kSectionBytes = 10 << 20, kLeastItems = 32, kLag = 200;
   const Shape& s = p.shape;
