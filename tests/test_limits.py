@@ -9,7 +9,7 @@ import pytest
 from cases import Case
 from compare import assert_same_bits, expected, judge_all, needs_kernels
 from emulator import kernels
-from ways import NO_EMULATOR
+from ways import ALONE_ON_THE_GPU, NO_EMULATOR
 
 from jax_flashattn import _ffi, attention
 from jax_flashattn._options import Operands, Options
@@ -80,6 +80,7 @@ def test_one_query_and_many_keys_emulated():
 
 
 @pytest.mark.gpu
+@ALONE_ON_THE_GPU
 @pytest.mark.parametrize("q_len", [1, 5])
 @pytest.mark.parametrize("k_len", [2**15 + 1, 2**16 + 1, 2**17, 2**20 + 1])
 def test_few_queries_and_many_keys(k_len, q_len):
@@ -97,6 +98,7 @@ def test_few_queries_and_many_keys(k_len, q_len):
 
 
 @pytest.mark.gpu
+@ALONE_ON_THE_GPU
 @pytest.mark.parametrize("length", [2**15 - 7, 2**15 + 1, 2**16 + 1, 2**17 + 1])
 def test_long_sequences(length):
     """The last rows of causal attention, forward and backward, equal a call on them alone."""
@@ -120,6 +122,7 @@ MANY = {"heads": (1, 70_000), "batches": (70_000, 1), "heads and batches": (300,
 
 
 @pytest.mark.gpu
+@ALONE_ON_THE_GPU
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", MANY)
 def test_more_than_65535_heads_and_batches(name, deterministic):
@@ -150,6 +153,7 @@ def test_more_than_65535_heads_and_batches(name, deterministic):
 
 
 @pytest.mark.gpu
+@ALONE_ON_THE_GPU
 def test_many_sequences_of_one_token():
     """A softmax over one key is 1: out is the value, and its gradient that of out."""
     arrays = [periodic((100_000, 1, 2, 8), seed) for seed in range(4)]
@@ -170,6 +174,7 @@ def test_many_sequences_of_one_token():
 
 
 @pytest.mark.gpu
+@ALONE_ON_THE_GPU
 def test_mask_of_more_than_2_to_the_31_elements():
     length, tail = 46_400, 64
     limit = jax.devices()[0].memory_stats()["bytes_limit"] / 2**30

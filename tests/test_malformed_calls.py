@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 from compare import assert_same_bits
 from ffi_calls import RawCall
+from ways import ALONE_ON_THE_GPU
 
 from jax_flashattn import _ffi, attention
 
 pytestmark = pytest.mark.gpu
 INVALID, UNIMPLEMENTED = "INVALID_ARGUMENT", "UNIMPLEMENTED"
 HERE = pathlib.Path(__file__).parent
-needs_the_gpu_alone = pytest.mark.skipif(
-    "PYTEST_XDIST_WORKER" in os.environ, reason="takes the GPU's memory: run it without -n"
-)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +219,7 @@ def test_empty_key():
     assert np.isneginf(results["lse"]).all()
 
 
-@needs_the_gpu_alone
+@ALONE_ON_THE_GPU
 def test_grid_too_large(canary):
     """2^31 rows of one query each: one block more than a launch can have."""
     limit = jax.devices()[0].memory_stats()["bytes_limit"]
@@ -258,7 +256,7 @@ def test_misaligned_pointer(canary):
     canary()
 
 
-@needs_the_gpu_alone
+@ALONE_ON_THE_GPU
 def test_launch_that_fails(canary):
     """No memory is left for the code of a kernel that was never launched: the launch fails, with
     the kernel named, the process lives on, and the next calls are right.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import numpy as np
@@ -103,6 +104,9 @@ def oracle(call, gradients=True):
 IMPLEMENTATIONS = {"reference": "xla", "gpu": "cuda"}
 WAYS = {name: through_jax(implementation) for name, implementation in IMPLEMENTATIONS.items()}
 WAYS["emulator"] = emulated
+ALONE_ON_THE_GPU = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="takes the GPU's memory: run it without -n"
+)
 NO_EMULATOR = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
 MARKS = {"reference": (), "emulator": NO_EMULATOR, "gpu": pytest.mark.gpu}
 
