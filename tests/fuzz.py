@@ -29,7 +29,7 @@ def judge_call(case, dtype, actual):
     reference = expected(case, dtype)
     low = expected(case, dtype, precision=dtype)
     one_per_row = case.bias is not None and (not case.bias or case.bias[-1] == 1)
-    if one_per_row and dtype != "float32" and "bias" in actual:
+    if one_per_row and "bias" in actual:
         actual = dict(actual)
         judge_bias_along_keys(np.asarray(actual.pop("bias")), reference, case, dtype)
     # Dropout leaves few terms, and the largest error of `low` is then that of a small sample. Over

@@ -148,7 +148,7 @@ def judge_bias_along_keys(actual, reference, case, dtype):
     squares = np.square(sizes * d_out.astype(np.float64)).sum(axis=-1).swapaxes(1, 2)
     padded = (1,) * (4 - len(case.bias)) + case.bias
     axes = tuple(axis for axis in range(3) if padded[axis] == 1)
-    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
+    unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}[dtype]
     bound = 4 * unit * np.sqrt(squares.sum(axis=axes, keepdims=True))[..., None].reshape(case.bias)
     lse_terms = np.sqrt(np.square(d_lse).sum(axis=axes, keepdims=True)).reshape(case.bias)
     bound = bound + 2e-5 * lse_terms + unit * np.abs(reference["bias"])
