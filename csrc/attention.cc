@@ -160,6 +160,7 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
   const Status status = choose_family(family_name, device, family);
   if (!status.ok()) return status;
   return choose(p, [&](auto dim) {
+    // For whichever family a device has: what XLA is told of scratch depends on none.
     const int64_t cleared = std::max(cleared_floats<dim.value>(p, g, false), cleared_floats<dim.value>(p, g, true));
     plan.scratch_floats = with_table(p, cleared + delta_floats(p));
     if (family.hopper) {

@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from cases import Case, every_case, some_cases
+from cases import every_case, some_cases
 from emulator import kernels
 from emulator.emulator import why_unavailable
 from order import TILE, Cancelling
@@ -72,14 +72,6 @@ def test_additions_of_documents_come_in_the_order_of_keys(dim):
 def test_another_order_would_show(dim, case):
     first, *others = (additions(case, dim, seed) for seed in range(6))
     assert any((other != first).any() for other in others)
-
-
-def test_packed_sequences_do_not_wait_for_each_other():
-    """Tiles of keys that no common row sees are in no order: rows are written all the same."""
-    ids = tuple(np.repeat(np.arange(6), 50).tolist())
-    options = {"query_segment_ids": (ids,), "key_value_segment_ids": (ids,), "is_causal": True}
-    case = Case("documents", 300, batch=1, head_dim=64, options=options)
-    check(case, "bfloat16", **ROUTE, together=True, multiprocessors=4)
 
 
 LOADER = "sm90/backward_load.cuh"
