@@ -248,14 +248,29 @@ def test_forward_of_general_scores(case, dtype):
 DIMS = [(d, d) for d in kernels.HEAD_DIMS] + [(192, 128)]
 
 
+def many_rows(kind, dims):
+    """Of groups of two heads, which clusters take by pairs, but for those of "long"."""
+    q_len, k_len, heads, kv_heads = {
+        "dense": (300, 410, 2, 1), "long-dense": (200, 1030, 2, 1),
+        "long": (70, 2100, 3, 1), "long-pairs": (140, 2100, 4, 2),
+    }[kind]  # fmt: skip
+    bottom = {"is_causal": True, "causal_alignment": "bottom_right"}
+    case = Case("many-rows", q_len, k_len, batch=1, heads=heads, kv_heads=kv_heads,
+                options={} if "dense" in kind else bottom)  # fmt: skip
+    return dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-@pytest.mark.parametrize("kind", ["dense", "long", "long-dense"])
+@pytest.mark.parametrize("kind", ["dense", "long-dense", "long", "long-pairs"])
 def test_forward_of_many_rows(dims, kind):
-    options = {"is_causal": True, "causal_alignment": "bottom_right"} if kind == "long" else {}
-    q_len, k_len = {"dense": (300, 410), "long": (70, 2100), "long-dense": (200, 1030)}[kind]
-    case = Case("many-rows", q_len, k_len, batch=1, heads=2, kv_heads=1, options=options)
-    case = dataclasses.replace(case, head_dim=dims[0], value_dim=dims[1])
-    check(case, "bfloat16", family="sm90", gradients=False, multiprocessors=2)
+    check(many_rows(kind, dims), "bfloat16", family="sm90", gradients=False, multiprocessors=2)
+
+
+def test_pair_of_heads_that_are_one_is_noticed():
+    edit = ("sm90/forward_work.cuh", "place.head + (pair ? rank : 0)", "place.head")
+    case = many_rows("long-pairs", (128, 128))
+    with pytest.raises(AssertionError, match="two threads of this kernel write"):
+        check(case, "bfloat16", family="sm90", gradients=False, edits=(edit,), multiprocessors=2)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e4])

@@ -93,24 +93,30 @@ class PackedBatch(Case):
         return arrays | {name: arrays[name][0] for name in PACKED}
 
 
-def compare_batch(edits=()):
+# The blocks of a cluster take two heads of a group.
+PAIRS = {"dim": 128, "heads": 2, "multiprocessors": 1}
+
+
+def compare_batch(edits=(), dim=64, heads=1, multiprocessors=2):
     """Two batch entries whose orders by length differ, with the same by segment ids."""
     bounds = ((0, 30, 400), (0, 370, 400)), ((0, 50, 2300), (0, 2250, 2300))
     queries, keys = ([np.repeat([0, 1], np.diff(x)).tolist() for x in side] for side in bounds)
     ids = {"query_segment_ids": queries, "key_value_segment_ids": keys}
-    shape = {"q_len": 400, "k_len": 2300, "batch": 2, "heads": 1}
-    judged, how = on_route(Case("by-length-batch", **shape, options=ids), "sm90")
+    shape = {"q_len": 400, "k_len": 2300, "batch": 2, "heads": heads, "kv_heads": 1}
+    shape |= {"head_dim": dim, "value_dim": dim}
+    how = {"family": "sm90", "multiprocessors": multiprocessors}
+    judged = Case("by-length-batch", **shape, options=ids)
     desired = check(judged, "bfloat16", gradients=False, **how)
     packed = PackedBatch("by-length-batch", **shape, options=dict(zip(PACKED, bounds, strict=True)))
-    packed, how = on_route(packed, "sm90")
     actual = kernels.run(packed, "bfloat16", gradients=False, edits=edits, **how)
     for name, x in desired.items():
         y = actual[name].astype(np.float32)
         np.testing.assert_allclose(y, x.astype(np.float32), atol=0.01, err_msg=name)
 
 
-def test_each_batch_entry_has_its_order():
-    compare_batch()
+@pytest.mark.parametrize("how", [{}, PAIRS], ids=["blocks", "pairs"])
+def test_each_batch_entry_has_its_order(how):
+    compare_batch(**how)
 
 
 def test_an_order_of_another_entry_is_noticed():

@@ -248,6 +248,10 @@ def test_explain_tells_of_the_kernels():
     assert "over persistent blocks" in told
     causal = jax_flashattn.explain(**arrays(), is_causal=True, platform="cuda")
     assert "drawn longest first" in causal.schedule
+    for heads, shared in ((2, "two query tiles"), (4, "two heads of a group")):
+        q, k = (jax.ShapeDtypeStruct((1, 4096, n, 128), jnp.bfloat16) for n in (heads, 2))
+        long = jax_flashattn.explain(q, k, k, is_causal=True, platform="cuda")
+        assert f"in clusters, for {shared}" in long.schedule
     portable = jax_flashattn.explain(**arrays(), platform="cuda", implementation="cuda:sm80")
     assert portable.implementation == "cuda:sm80"
     with pytest.raises(ValueError, match="local_window_size"):

@@ -49,7 +49,7 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
       using Tile = typename decltype(tile)::type;
       return reads_visibility(p) ? f(Type<typename Tile::Seeing>{}, general) : f(tile, general);
     };
-    switch (forward_kind(p, multiprocessors)) {
+    switch (forward_kind(p, multiprocessors, pairs_heads<typename Tiles::Long>(p))) {
       case ForwardKind::kGeneralDense:
         return f(Type<typename Tiles::GeneralDense>{}, std::true_type{});
       case ForwardKind::kGeneral:
@@ -81,7 +81,8 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
 
 inline std::string describe(const WorkOrder& order, bool drawn) {
   return std::to_string(order.items) + " items, " +
-         (drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads) + " heads"
+         (drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads * order.item_heads) +
+                      " heads"
                 : std::string("dealt out in turn"));
 }
 
@@ -102,9 +103,13 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
     plan.k_tile = Tile::kK;
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
-    const WorkOrder order = forward_order(p, Tile::kClusterQ);
-    plan.schedule = describe(order, order.drawn) + ", over persistent blocks; " + std::to_string(Tile::kSlots) +
-                    " key and value tiles in flight" + (Tile::kQueryInRegisters ? ", queries in registers" : "") +
+    const WorkOrder order = forward_order<Tile>(p);
+    const char* clusters = Tile::kCluster == 1    ? ""
+                           : order.item_heads > 1 ? " in clusters, for two heads of a group"
+                                                  : " in clusters, for two query tiles";
+    plan.schedule = describe(order, order.drawn) + ", over persistent blocks" + clusters + "; " +
+                    std::to_string(Tile::kSlots) + " key and value tiles in flight" +
+                    (Tile::kQueryInRegisters ? ", queries in registers" : "") +
                     (Tile::kStoreByTma ? ", stores by TMA" : "");
     plan.schedule += describe_scores<Tile>(p);
   });

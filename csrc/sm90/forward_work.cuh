@@ -97,17 +97,19 @@ __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned coun
 template <class Shape, class Arguments>
 __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
   const WorkPlace place = place_of<Shape::kAnyOrder>(a.order, number, a.p.shape.batch);
-  const int cluster_row = (a.order.tiles - 1 - place.tile) * Shape::kClusterQ;
+  const bool pair = Shape::kClusterQ > Shape::kQ && a.order.item_heads > 1;  // of heads
+  const int cluster_rows = pair ? Shape::kQ : Shape::kClusterQ;
+  const int cluster_row = (a.order.tiles - 1 - place.tile) * cluster_rows;
   ForwardItem item;
   item.batch = place.batch;
-  item.head = place.head;
-  item.first_row = cluster_row + rank * Shape::kQ;
+  item.head = place.head + (pair ? rank : 0);
+  item.first_row = cluster_row + (pair ? 0 : rank * Shape::kQ);
   const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
   item.q_len = sequence.q_len;
   item.k_len = sequence.k_len;
   // Tiles that stage scores, and have two warps that load, would spill.
-  keys = Shape::kStagesScores ? sequence.keys_of_rows(cluster_row, cluster_row + Shape::kClusterQ)
-                              : sequence.keys_of_rows_by_warp(cluster_row, cluster_row + Shape::kClusterQ);
+  keys = Shape::kStagesScores ? sequence.keys_of_rows(cluster_row, cluster_row + cluster_rows)
+                              : sequence.keys_of_rows_by_warp(cluster_row, cluster_row + cluster_rows);
   const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(a.p.scores));
   const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
   if (tiles.count == 0) keys = {outside, outside};

@@ -17,7 +17,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (!Shape::kAnyVisibility && reads_visibility(p)) return Status::Internal("a tile that takes only formulas");
   ForwardArguments a;
   a.p = p;
-  a.order = forward_order(p, Shape::kClusterQ);
+  a.order = forward_order<Shape>(p);
   a.counter = counter;
   const jfa::Shape& s = p.shape;
   const bool has_keys = s.k_len > 0;  // an empty array may have no address
@@ -33,7 +33,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before
   LengthOrder lengths;
   if (Shape::kAnyOrder && a.order.drawn && wants_length_order(p, a.order)) {
-    lengths = {p.visibility.table + 4 * token_records(p.shape), a.order.tiles, Shape::kClusterQ};
+    lengths = {p.visibility.table + 4 * token_records(p.shape), a.order.tiles, Shape::kClusterQ / a.order.item_heads};
     a.order.by_length = lengths.tiles;
   }
   status = launch_prepare_visibility<Sm90>(p, stream, counter, lengths);

@@ -35,8 +35,9 @@ struct TileReads {
 // A block has one warpgroup that loads, and kWarpgroups that compute, each 64 query rows. Tiles of kK keys and of their
 // values share a ring of kSlots places. Q in registers frees its place in shared memory for the next query tile.
 //
-// The two blocks of a cluster work on neighbouring query tiles of one head. Each loads half of every tile of keys and
-// values into both, which halves what the multiprocessors read from the L2.
+// The two blocks of a cluster work on the same rows of two query heads of a group, or on neighbouring query tiles of
+// one head (`pairs_heads()`). Each loads half of every tile of keys and values into both, which halves what the
+// multiprocessors read from the L2.
 template <int kHeadDim_, int kValueDim_, int kWarpgroups_, int kK_, int kSlots_, bool kQueryInRegisters_,
           int kCluster_ = 1, unsigned kReads = kNothing>
 struct ForwardTile : TileReads<kReads> {
@@ -51,7 +52,7 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kSlots = kSlots_;
   static constexpr bool kQueryInRegisters = kQueryInRegisters_;
   static constexpr int kCluster = kCluster_;
-  static constexpr int kClusterQ = kCluster * kQ;  // rows of one item
+  static constexpr int kClusterQ = kCluster * kQ;  // rows of one item, over all its heads
   static constexpr bool kStagesScores = TileReads<kReads>::kStagesScores;
   static constexpr bool kAnyOrder = TileReads<kReads>::kAnyVisibility && !kStagesScores;  // of items: by length too
   static_assert(!kStagesScores || kCluster == 1, "the blocks of a cluster do not load biases and masks for each other");
@@ -251,17 +252,27 @@ inline ForwardKind general_kind(const Problem& p) {
   return is_dense(p) && !reads_visibility(p) ? ForwardKind::kGeneralDense : ForwardKind::kGeneral;
 }
 
-// Where query tiles see different parts of the keys, a cluster waits for the longer of its two: that pays where rows
-// see enough keys. It never pays where most multiprocessors have nothing to do.
-inline ForwardKind forward_kind(const Problem& p, int multiprocessors) {
+// Whether a cluster's item is one query tile of two heads of a group: unlike two tiles of one head they are as long.
+template <class Tile>
+bool pairs_heads(const Problem& p) {
+  return Tile::kCluster == 2 && p.shape.heads / std::max(p.shape.kv_heads, 1) % 2 == 0;
+}
+
+// Where query tiles see different parts of the keys, a cluster of two of them waits for the longer one: that pays where
+// rows see enough keys. One of two heads (`pairs`: kLong has those) pays where there are many items, which end evenly.
+// None pays where most multiprocessors have nothing to do.
+inline ForwardKind forward_kind(const Problem& p, int multiprocessors, bool pairs) {
   constexpr int64_t kShortKeys = 2048, kShortDenseKeys = 1024;
   if (is_general(p.scores)) return general_kind(p);
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
-  if (int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch <= int64_t(128) * multiprocessors / 4)
-    return ForwardKind::kShort;
+  const int64_t wave = int64_t(128) * multiprocessors, rows = int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch;
+  if (rows <= wave / 4) return ForwardKind::kShort;
   if (is_dense(p) && !reads_visibility(p)) {
     return p.shape.k_len <= kShortDenseKeys ? ForwardKind::kShortDense : ForwardKind::kDense;
   }
+  // Causal, 16/4 heads of d 128: 2048 tokens, 8 batch entries (16 waves) 576 (566), 2 (4) 539 (544), 1 (2) 423 (442);
+  // 512 tokens, 32 (16) 365 (363), 8 (4) 324 (335).
+  if (pairs && rows >= 12 * wave) return ForwardKind::kLong;
   const Visibility& v = p.visibility;
   // How long segments are, only the device knows: full ones of 1024 tokens gain 4 % in clusters, shorter ones were not
   // timed.
@@ -282,12 +293,13 @@ inline bool wants_length_order(const Problem& p, const WorkOrder& order) {
   return sequences > 1 && p.shape.k_len / sequences > kShortSequence && order.tiles <= kOrderedTiles;
 }
 
-// `q_tile`: rows of an item.
-inline WorkOrder forward_order(const Problem& p, int q_tile) {
-  const int64_t heads = int64_t(p.shape.heads) * p.shape.batch;
+// `q_tile`: rows of an item, which has `item_heads`.
+inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1) {
+  const int64_t heads = int64_t(p.shape.heads / item_heads) * p.shape.batch;
   const int64_t tiles = (p.shape.q_len + q_tile - 1) / q_tile;
   if (is_dense(p)) {
     WorkOrder order = work_order(p, heads, tiles, 1);
+    order.item_heads = item_heads;
     order.sections = order.heads;  // all tiles are as long
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
     // loses where tiles of 192 rows leave a rest (d 64, 4096 keys: 415 against 518).
@@ -303,12 +315,18 @@ inline WorkOrder forward_order(const Problem& p, int q_tile) {
   constexpr int64_t kSectionBytes = 12 << 20;
   constexpr int64_t kLeastSequences = 4, kLeastItems = 96;
   const int64_t kv_bytes = int64_t(p.shape.k_len) * (p.shape.head_dim + p.shape.value_dim) * 2;
-  const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * (p.shape.heads / std::max(p.shape.kv_heads, 1)) : heads;
+  const int64_t group = p.shape.heads / std::max(p.shape.kv_heads, 1) / item_heads;
+  const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * group : heads;
   const int64_t sequences = std::max(p.visibility.sequences, 1);
   const int64_t least = (kLeastSequences + sequences - 1) / sequences;
   WorkOrder order = work_order(p, heads, tiles, std::max(fit, least), kLeastItems);
+  order.item_heads = item_heads;
   order.drawn = true;
   return order;
+}
+template <class Tile>
+WorkOrder forward_order(const Problem& p) {
+  return pairs_heads<Tile>(p) ? forward_order(p, Tile::kQ, 2) : forward_order(p, Tile::kClusterQ);
 }
 
 }  // namespace jfa::sm90

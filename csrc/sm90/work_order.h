@@ -18,8 +18,9 @@ constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
 
 struct WorkOrder {
   int tiles = 0;  // of a head
-  int heads = 0;  // counted over the batch
+  int heads = 0;  // counted over the batch, in units of item_heads
   int items = 0;
+  int item_heads = 1;              // of an item; two are for the two blocks of a cluster
   int sequence_tiles = 0;          // of each of the sequences, if there are several
   const int* by_length = nullptr;  // [batch, tiles]: what stands there for a tile's rank; see LengthOrder
   int section_heads = 1;

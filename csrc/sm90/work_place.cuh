@@ -8,9 +8,9 @@
 namespace jfa::sm90 {
 
 struct WorkPlace {
-  int tile;  // the longest of a head are the first
-  int head, batch;
-  int rank;  // of the tile: those of a head with a lower one have lower numbers
+  int tile;         // the longest of a head are the first
+  int head, batch;  // the first of the item's heads
+  int rank;         // of the tile: those of a head with a lower one have lower numbers
 };
 
 // Of a head's tiles the one with that rank by length: the first of each sequence, the second of each, and so on.
@@ -36,7 +36,8 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
   const int tile = kByLength && order.by_length != nullptr
                        ? load_global(order.by_length + int64_t(entry) * order.tiles + rest / heads)
                        : tile_of_rank(order, rest / heads);
-  return {tile, order.batch_fastest ? head / batch : head % heads_of_entry, entry, rest / heads};
+  const int of_entry = order.batch_fastest ? head / batch : head % heads_of_entry;
+  return {tile, of_entry * order.item_heads, entry, rest / heads};
 }
 
 // Who sees whom in the batch entry of an item.
