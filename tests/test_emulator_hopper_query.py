@@ -98,7 +98,8 @@ MUTANTS = {
     "values-released-early": (
         KERNEL,
         "wgmma_wait<0>();\n    if constexpr (kGeneral) dp.settle_all();  // as the scores above\n"
-        "    release(v_free", "release(v_free", "dense-1000x1000"),
+        "    release(v_free + 8 * v_at.slot);", "release(v_free + 8 * v_at.slot);\n"
+        "    wgmma_wait<0>();", "dense-1000x1000"),
     "no-fence-after-cleaning": (
         LOADER, "      fence_async_shared();\n      arrive_for_warp(full);",
         "      arrive_for_warp(full);", "lengths-key"),
