@@ -119,6 +119,12 @@ def test_each_batch_entry_has_its_order(how):
     compare_batch(**how)
 
 
+def test_pair_of_heads_that_are_one_is_noticed():
+    edit = ("sm90/forward_work.cuh", "place.head + (pair ? rank : 0)", "place.head")
+    with pytest.raises(AssertionError, match="two threads of this kernel write"):
+        compare_batch((edit,), **PAIRS)
+
+
 def test_an_order_of_another_entry_is_noticed():
     entry = "order.tiles + int64_t(sequence.b) * order.count"
     with pytest.raises(AssertionError, match="two threads of this kernel write"):

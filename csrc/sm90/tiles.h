@@ -262,7 +262,7 @@ bool pairs_heads(const Problem& p) {
 // rows see enough keys. One of two heads (`pairs`: kLong has those) pays where there are many items, which end evenly.
 // None pays where most multiprocessors have nothing to do.
 inline ForwardKind forward_kind(const Problem& p, int multiprocessors, bool pairs) {
-  constexpr int64_t kShortKeys = 2048, kShortDenseKeys = 1024;
+  constexpr int64_t kShortKeys = 2048, kShortDenseKeys = 1024, kPairedWaves = 12;
   if (is_general(p.scores)) return general_kind(p);
   // A quarter of a wave: calls of 5.9 us instead of 6.9 (16 tiles of 128 rows and keys, d 128).
   const int64_t wave = int64_t(128) * multiprocessors, rows = int64_t(p.shape.q_len) * p.shape.heads * p.shape.batch;
@@ -272,7 +272,7 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors, bool pair
   }
   // Causal, 16/4 heads of d 128: 2048 tokens, 8 batch entries (16 waves) 576 (566), 2 (4) 539 (544), 1 (2) 423 (442);
   // 512 tokens, 32 (16) 365 (363), 8 (4) 324 (335).
-  if (pairs && rows >= 12 * wave) return ForwardKind::kLong;
+  if (pairs && rows >= kPairedWaves * wave) return ForwardKind::kLong;
   const Visibility& v = p.visibility;
   // How long segments are, only the device knows: full ones of 1024 tokens gain 4 % in clusters, shorter ones were not
   // timed.

@@ -18,7 +18,7 @@ constexpr int64_t kMaxItems = 0x7fffffff - 4096;  // number + blocks fits an int
 
 struct WorkOrder {
   int tiles = 0;  // of a head
-  int heads = 0;  // counted over the batch, in units of item_heads
+  int heads = 0;  // counted over the batch, here and in a section in units of item_heads
   int items = 0;
   int item_heads = 1;              // of an item; two are for the two blocks of a cluster
   int sequence_tiles = 0;          // of each of the sequences, if there are several
