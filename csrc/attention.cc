@@ -14,9 +14,11 @@ using HeadDims = IntList<JFA_HEAD_DIMS>;
 
 static_assert(sizeof(float) == sizeof(uint32_t), "counters and tables take floats' places");
 
-// Scratch is a sequence of parts; the table, of 16 bytes a record, is the last, and comes after a multiple of them.
+// Scratch is a sequence of parts; the table, of 16 bytes a record, is the last, and comes after a multiple of them. In
+// a forward the tiles of packed sequences may stand in its place.
 int64_t with_table(const Problem& p, int64_t floats) {
-  return needs_table(p.visibility) ? (floats + 3) / 4 * 4 + 4 * table_records(p.shape) : floats;
+  const int64_t records = std::max(table_records(p.shape), sm90::sequence_tile_records(p));
+  return needs_table(p.visibility) ? (floats + 3) / 4 * 4 + 4 * records : floats;
 }
 int* table_in(const Problem& p, float* scratch, int64_t floats) {
   return needs_table(p.visibility) ? reinterpret_cast<int*>(scratch + (floats + 3) / 4 * 4) : nullptr;
@@ -95,10 +97,16 @@ Status choose_family(const std::string& name, const Device& device, Family& fami
   return Status::Ok();
 }
 
-Status finish_plan(const Problem& p, const Family& family, const Device& device, Plan& plan) {
+// What comes before a pass's kernels, in words.
+constexpr char kSequenceTiles[] = "; before it the tiles of each sequence";
+const char* table_of(const Problem& p) {
+  return needs_table(p.visibility) ? "; before it who sees whom, as a table in scratch" : "";
+}
+
+Status finish_plan(const Problem& p, const Family& family, const Device& device, const char* before, Plan& plan) {
   plan.family = family.hopper ? "sm90" : "sm80";
   plan.why = family.why + (is_general(p.scores) ? "; general scores" : "; plain scores");
-  if (needs_table(p.visibility)) plan.schedule += "; before it who sees whom, as a table in scratch";
+  plan.schedule += before;
   if (plan.shared_memory_bytes > device.shared_memory_bytes) {
     return Status::Unimplemented(
         "head dim " + std::to_string(plan.head_dim) + " needs " + std::to_string(plan.shared_memory_bytes) +
@@ -150,7 +158,8 @@ Status plan_forward(const Problem& p, const std::string& family_name, const Devi
     } else {
       describe_tile<sm80::ForwardTile<dim.value>>(dim.value, plan);
     }
-    return finish_plan(p, family, device, plan);
+    return finish_plan(p, family, device, family.hopper && sm90::tiles_sequences(p) ? kSequenceTiles : table_of(p),
+                       plan);
   });
 }
 
@@ -168,7 +177,8 @@ Status plan_backward(const Problem& p, const Gradients& g, const std::string& fa
     } else {
       describe_tile<sm80::BackwardTile<dim.value>>(dim.value, plan);
     }
-    return finish_plan(p, family, device, plan);
+    return finish_plan(p, family, device,
+                       family.hopper && sm90::tiles_sequences_backward(p) ? kSequenceTiles : table_of(p), plan);
   });
 }
 

@@ -114,21 +114,9 @@ inline bool is_formula(const Visibility& v) { return !needs_table(v) && v.sink_t
 constexpr int kTableBlock = 16, kTableTile = 64;
 constexpr int kTableGroup = kTableTile + kTableTile / kTableBlock + 1;
 
-inline int64_t token_records(const Shape& s) {
+inline int64_t table_records(const Shape& s) {
   const auto groups = [](int64_t tokens) { return (tokens + kTableTile - 1) / kTableTile; };
   return s.batch * (groups(s.q_len) + groups(s.k_len)) * kTableGroup;
-}
-
-// Behind them there is place for the order of query tiles, which have at least kTableTile rows: the longest first.
-struct LengthOrder {
-  int* tiles = nullptr;  // [batch, count]: for each rank a tile, counted from the last one; absent: not wanted
-  int count = 0;         // at most kOrderedTiles
-  int rows = 0;          // of a tile
-};
-constexpr int kOrderedTiles = 1024;
-
-inline int64_t table_records(const Shape& s) {
-  return token_records(s) + (s.batch * ((int64_t(s.q_len) + kTableTile - 1) / kTableTile) + 3) / 4;
 }
 
 struct Problem {

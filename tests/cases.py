@@ -307,6 +307,15 @@ def _packed():
     features = packed(*cross, **bottom, logits_soft_cap=2.0)
     yield case("cap-alibi-sinks", 172, 264, features, alibi=(2,), sinks=(2,))
     yield case("dropout", 172, 264, packed(*cross, dropout_rate=0.3))
+    # So long on average that the Hopper forward has tiles for each.
+    yield case("long-dense", 331, 331, packed((130, 130), (1, 1), (0, 0), (200, 200)))
+    yield case("long-causal", 320, 320, packed((3, 3), (250, 250), (67, 67), **causal),
+               heads=4, kv_heads=2, value_dim=24)  # fmt: skip
+    cross = ((0, 30), (150, 0), (70, 190), (77, 23))
+    yield case("long-bottom-right", 330, 290, packed(*cross, first=(11, 7), **bottom))
+    yield case("long-window", 297, 243, packed(*cross, local_window_size=(20, 9)), value_dim=56)
+    features = packed(*cross, first=(13, 0), **bottom, logits_soft_cap=2.0)
+    yield case("long-cap-alibi", 310, 264, features, alibi=(4,), heads=4, kv_heads=2)
 
 
 def _scale():

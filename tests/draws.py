@@ -49,7 +49,8 @@ def draw(seed):
     is_packed = dice.chance(0.3)
     batch, kv_heads = 1 if is_packed else dice.pick(1, 2, 3), dice.pick(1, 2, 3)
     group = dice.pick(1, 1, 2, 3, 4)
-    q_len, k_len = (dice.length() + (dice.length() if is_packed else 0) for _ in ("query", "key"))
+    parts = 3 if is_packed else 1
+    q_len, k_len = (sum(dice.length() for _ in range(parts)) for _ in ("query", "key"))
     k_len = q_len if dice.chance(0.3) else k_len
     head_dim = dice.head_dim()
     value_dim = dice.head_dim() if dice.chance(0.25) else None
@@ -67,7 +68,7 @@ def draw(seed):
     options = _positions(dice, q_len, k_len)
     arrays = {}
     if is_packed:
-        count = dice.pick(1, 2, dice.below(3, 9), dice.below(9, 40))
+        count = dice.pick(dice.below(2, 4), 2, 1, dice.below(3, 9), dice.below(9, 40))
         options |= packing(dice, q_len, k_len, count)
     else:
         options |= _visibility(dice, options, batch, q_len, k_len)

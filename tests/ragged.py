@@ -7,6 +7,8 @@ Ways are those of fuzz.py. Tokens of no sequence are NaN in all that is given.
 """
 
 import argparse
+import collections
+import dataclasses
 import functools
 import itertools
 import sys
@@ -23,25 +25,61 @@ from ways import Call
 
 from jax_flashattn import varlen_attention
 
-COUNT = 20  # of programs
+COUNT, TILED = 20, 8  # programs; the last of them, whose sequences have tiles of their own on sm90
 SPECIAL = (-(2**31), 2**31 - 1, -1, 0, 1, 2**29, -(2**29))
 # Of the largest value. Rounding makes half of it; more with dropout, whose terms are larger.
 TOLERANCE = {"float32": 5e-5, "float16": 4e-2, "bfloat16": 4e-2}
 GRADIENTS = ("query", "key", "value")
 
 
+def has_tiles(case):
+    """Whether each sequence has its own: tiles_sequences() of csrc/sm90/tiles.h."""
+    sequences = len(case.options[PACKED[0]]) - 1
+    is_long = case.q_len > 64 * sequences
+    return is_long and case.sinks is None and "dropout_rate" not in case.options
+
+
+def of_long_sequences(call):
+    """With as many sequences as have more than 64 queries on average."""
+    case = call.case
+    count = (case.q_len - 1) // 64
+    bounds = draws.packing(draws.Dice(case.q_len), case.q_len, case.k_len, count)
+    return dataclasses.replace(call, case=dataclasses.replace(case, options=case.options | bounds))
+
+
+def traits(call):
+    """A call's features, and the head dim that its kernels are compiled for."""
+    dim = max(call.case.head_dim, call.case.value_dim or 0)
+    return draws.features(call) | {next(d for d in kernels.HEAD_DIMS if d >= dim)}
+
+
 @functools.cache
 def programs():
     """Packed calls of the fuzz test without their bounds: what is compiled once for all bounds."""
 
-    def is_small(case):
-        lengths = case.q_len, case.k_len
-        work = case.heads * case.q_len * case.k_len * case.head_dim
-        return min(lengths) >= 48 and max(lengths) <= 200 and case.heads <= 4 and work <= 2**21
+    def fitting(calls, most, work, tiled):
+        for call in calls:
+            case = call.case
+            lengths, sequences = (case.q_len, case.k_len), len(case.options[PACKED[0]]) - 1
+            is_small = case.heads * case.q_len * case.k_len * case.head_dim <= work
+            is_small &= min(lengths) >= 48 and max(lengths) <= most and case.heads <= 4
+            if is_small and sequences >= 3 and has_tiles(case) == tiled:
+                yield call
 
-    calls = map(draws.draw, itertools.count())
-    fitting = (x for x in calls if len(x.case.options.get(PACKED[0], ())) > 3 and is_small(x.case))
-    return list(itertools.islice(fitting, COUNT))
+    def take(count, calls):
+        """Those with most of what fewer than three that were taken have."""
+        calls = list(itertools.islice(calls, 100))
+        for _ in range(count):
+            found = collections.Counter(x for call in taken for x in traits(call))
+            best = max(calls, key=lambda call: sum(found[x] < 3 for x in traits(call)))
+            calls.remove(best)
+            taken.append(best)
+
+    packed = [x for x in map(draws.draw, range(4000)) if PACKED[0] in x.case.options]
+    taken = []
+    take(COUNT - TILED, fitting(packed, 200, 2**21, False))
+    take(TILED, fitting(map(of_long_sequences, packed), 300, 2**22, True))
+    return taken
 
 
 def program(number):

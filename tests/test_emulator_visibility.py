@@ -66,15 +66,14 @@ LENGTHS = {
     # Tiles of a sequence, of which the last has fewer: the order of work counts on neither.
     "two-tiles-and-more": ([290, 300], [290, 300]),
     "more-than-are-copied": ([20, 0] * 3 + [0, 1] * 600, [20, 0] * 3 + [1, 0] * 600),
-    # So long on average that tiles are ordered on the device.
-    "by-length": ([130, 0, 700, 60], [500, 1, 300, 3600]),
+    "long-keys": ([130, 0, 700, 60], [500, 1, 300, 3600]),
 }
 
 
-def of_lengths(name):
+def of_lengths(name, **fields):
     q, k = LENGTHS[name]
     options = packed(*zip(q, k, strict=True), is_causal=True, causal_alignment="bottom_right")
-    return Case(name, sum(q), sum(k), batch=1, options=options)
+    return Case(name, sum(q), sum(k), batch=1, options=options, **fields)
 
 
 @every_route
@@ -84,51 +83,16 @@ def test_lengths(lengths, route):
     check(case, "bfloat16", **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedBatch(Case):
-    """Bounds of each batch entry, as a call under vmap has them."""
-
-    def arrays(self, dtype):
-        arrays = super().arrays(dtype)
-        return arrays | {name: arrays[name][0] for name in PACKED}
+WITH_SINKS = {"sinks": (2,)}  # the Hopper family then reads a table, however long they are
 
 
-# The blocks of a cluster take two heads of a group.
-PAIRS = {"dim": 128, "heads": 2, "multiprocessors": 1}
-
-
-def compare_batch(edits=(), dim=64, heads=1, multiprocessors=2):
-    """Two batch entries whose orders by length differ, with the same by segment ids."""
-    bounds = ((0, 30, 400), (0, 370, 400)), ((0, 50, 2300), (0, 2250, 2300))
-    queries, keys = ([np.repeat([0, 1], np.diff(x)).tolist() for x in side] for side in bounds)
-    ids = {"query_segment_ids": queries, "key_value_segment_ids": keys}
-    shape = {"q_len": 400, "k_len": 2300, "batch": 2, "heads": heads, "kv_heads": 1}
-    shape |= {"head_dim": dim, "value_dim": dim}
-    how = {"family": "sm90", "multiprocessors": multiprocessors}
-    judged = Case("by-length-batch", **shape, options=ids)
-    desired = check(judged, "bfloat16", gradients=False, **how)
-    packed = PackedBatch("by-length-batch", **shape, options=dict(zip(PACKED, bounds, strict=True)))
-    actual = kernels.run(packed, "bfloat16", gradients=False, edits=edits, **how)
-    for name, x in desired.items():
-        y = actual[name].astype(np.float32)
-        np.testing.assert_allclose(y, x.astype(np.float32), atol=0.01, err_msg=name)
-
-
-@pytest.mark.parametrize("how", [{}, PAIRS], ids=["blocks", "pairs"])
-def test_each_batch_entry_has_its_order(how):
-    compare_batch(**how)
-
-
-def test_pair_of_heads_that_are_one_is_noticed():
-    edit = ("sm90/forward_work.cuh", "place.head + (pair ? rank : 0)", "place.head")
-    with pytest.raises(AssertionError, match="two threads of this kernel write"):
-        compare_batch((edit,), **PAIRS)
-
-
-def test_an_order_of_another_entry_is_noticed():
-    entry = "order.tiles + int64_t(sequence.b) * order.count"
-    with pytest.raises(AssertionError, match="two threads of this kernel write"):
-        compare_batch((("common/visibility.cuh", entry, "order.tiles"),))
+@pytest.mark.parametrize("route", ["sm90", "sm90-wide"])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_lengths_by_the_table(lengths, route):
+    case, options = on_route(of_lengths(lengths, **WITH_SINKS), route)
+    for backward in (False, True):
+        assert "as a table" in kernels.schedule(case, "bfloat16", backward=backward)
+    check(case, "bfloat16", **options)
 
 
 def garbage(kind, rng):
@@ -296,9 +260,6 @@ MUTANTS = {
     "tiles-of-the-last-sequence": (
         "sm90/work_place.cuh", "return rest + (rank - before)", "return (rank - before)",
         "sm90", "two-tiles-and-more"),
-    "two-tiles-of-a-rank": (
-        "common/visibility.cuh", "other == length && n > tile", "other == length && n >= tile",
-        "sm90", "by-length"),
 }  # fmt: skip
 
 
@@ -309,10 +270,9 @@ def run_mutant(route, name, edits):
         for x in desired:
             np.testing.assert_allclose(actual[x], desired[x], rtol=0.1, atol=0.02)
     else:
-        make = of_lengths if name in LENGTHS else CASES.get
-        case, options = on_route(make(name), route)
-        gradients = name != "by-length"  # edits are for the last pass that runs
-        check(case, "bfloat16", edits=edits, gradients=gradients, **options)
+        case = of_lengths(name, **WITH_SINKS) if name in LENGTHS else CASES[name]
+        case, options = on_route(case, route)
+        check(case, "bfloat16", edits=edits, **options)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

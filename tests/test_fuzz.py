@@ -60,7 +60,7 @@ def test_gpu(request):
 NOT_PACKED = ("bias", "mask", "query lengths", "key lengths", "prefix", "spans", "sink tokens",
               "segments in runs", "segments, mixed")  # fmt: skip
 PACKINGS = ("packed", "packed, no queries", "packed, no keys", "packed, unequal lengths",
-            "packed, rows outside", "packed, keys outside")  # fmt: skip
+            "packed, rows outside", "packed, keys outside", "packed, long")  # fmt: skip
 
 
 def test_every_pair_of_features_is_called():
@@ -75,6 +75,13 @@ def test_every_pair_of_features_is_called():
     pairs = map(set, itertools.combinations(sorted(set.union(*found)), 2))
     missing = [pair for pair in pairs if not any(pair <= one for one in found)]
     assert sorted(map(sorted, missing)) == sorted(map(sorted, excluded))
+
+
+def test_packed_sequences_are_long_in_a_third_of_their_calls():
+    """Then the Hopper forward may have tiles for each: csrc/sm90/tiles.h, tiles_sequences()."""
+    found = [draws.features(draws.draw(seed)) for seed in range(2000)]
+    lengths = ["packed, long" in one for one in found if "packed" in one]
+    assert 1 / 3 <= np.mean(lengths) < 1 / 2
 
 
 def test_a_seed_is_one_call():

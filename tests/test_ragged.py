@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import ragged
 from cases import PACKED
+from emulator import kernels
 from ways import NO_EMULATOR
 
 GPU_BATCHES, EMULATOR_BATCHES = 10_000, 200
-INDEX = 3  # of the program that the reference runs, which takes seconds to compile
+INDEX = 10  # of the program that the reference runs, which takes seconds to compile
 
 
 @pytest.mark.gpu
@@ -41,6 +42,15 @@ def test_programs_have_every_feature():
     assert not rare
     valid = np.array([ragged.bounds(number)[1] for number in range(EMULATOR_BATCHES)])
     assert 0.5 < valid.mean() < 0.7
+
+
+@NO_EMULATOR
+def test_programs_of_both_roads():
+    """The last ones have tiles for each sequence on sm90, the others a table of who sees whom."""
+    for index, call in enumerate(ragged.programs()):
+        plan = kernels.schedule(call.case, call.dtype, multiprocessors=2)
+        assert ("tiles of each sequence" in plan) == (index >= ragged.COUNT - ragged.TILED)
+        assert ("as a table" in plan) == (index < ragged.COUNT - ragged.TILED)
 
 
 def test_valid_bounds_are_and_others_are_not():

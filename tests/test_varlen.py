@@ -170,18 +170,60 @@ def test_the_comparison_can_fail(wrong):
         close(other.run("xla", **given), one_by_one(packed, **OPTIONS["bottom right"]), "float32")
 
 
+def by_segment_ids(packed, implementation, **options):
+    """The same by segment ids, of queries and keys that are packed alike."""
+    segments = packed.changed()
+    bounds = segments.arrays.pop("cu_seqlens_q")
+    np.testing.assert_array_equal(bounds, segments.arrays.pop("cu_seqlens_k"))
+    ids = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds)).astype(np.int32)
+    ids = {"query_segment_ids": ids, "key_value_segment_ids": ids}
+    return segments.run(implementation, attention, **options, **ids)
+
+
 @pytest.mark.parametrize("options", ["causal", "window", "alibi and sinks"])
 def test_equals_segment_ids_where_queries_and_keys_are_packed_alike(way, options):
     """Then positions differ by a constant within each sequence, which causality does not see."""
     implementation, dtype = way
     packed = Packed("alike", dtype)
-    ids = np.repeat(np.arange(4), PACKINGS["alike"][0]).astype(np.int32)
-    segments = packed.changed()
-    for name in ("q", "k"):
-        del segments.arrays[f"cu_seqlens_{name}"]
-    given = OPTIONS[options] | {"query_segment_ids": ids, "key_value_segment_ids": ids}
-    actual = segments.run(implementation, attention, **given)
+    actual = by_segment_ids(packed, implementation, **OPTIONS[options])
     close(actual, packed.run(implementation, **OPTIONS[options]), dtype)
+
+
+class Many(Packed):
+    """Sequences of unequal lengths, some of them empty, that fill all tokens."""
+
+    def __init__(self, sequences, tokens, dtype):
+        rng = np.random.default_rng(sequences)
+        bounds = np.sort(rng.integers(0, tokens + 1, sequences + 1)).astype(np.int32)
+        bounds[0], bounds[-1] = 0, tokens
+
+        def normal(*shape):
+            return rng.standard_normal(shape, np.float32)
+
+        self.arrays = {"query": normal(tokens, 2, 32)}
+        self.arrays |= {name: normal(tokens, 1, 32) for name in ("key", "value")}
+        self.arrays = {name: x.astype(jnp.dtype(dtype)) for name, x in self.arrays.items()}
+        self.arrays |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), bounds)
+        self.d_out, self.d_lse = normal(tokens, 2, 32).astype(jnp.dtype(dtype)), normal(2, tokens)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "sequences", "tokens"),
+    [
+        ("xla", 15, 1000),
+        # On Hopper: more than 1024 tiles, which stay in the order of rows; sequences for whose
+        # bounds there is no place in shared memory, which have no tiles of their own.
+        pytest.param("cuda", 1200, 131_072, marks=pytest.mark.gpu),
+        pytest.param("cuda", 5000, 400_000, marks=pytest.mark.gpu),
+    ],
+)
+def test_many_sequences_equal_segment_ids(implementation, sequences, tokens):
+    dtype = "float32" if implementation == "xla" else "bfloat16"
+    packed = Many(sequences, tokens, dtype)
+    actual = packed.run(implementation, **OPTIONS["causal"])
+    desired = by_segment_ids(packed, implementation, **OPTIONS["causal"])
+    assert np.isfinite(desired["lse"]).all()
+    close(actual, desired, dtype)
 
 
 def test_one_program_for_all_lengths(way):

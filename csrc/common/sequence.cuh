@@ -54,10 +54,11 @@ class TableSide {
 struct Sequence {
   const Problem& p;
   int b;
-  int q_len, k_len;          // of this batch entry, not the padded extents
-  int offset;                // where there is no table, row i lies at position i + offset among the keys
-  int first_key, past_keys;  // what row 0 would see of keys without end: row i sees [i + first_key, i + past_keys)
-  bool any_visibility;       // a constant; where it is false there is no table and no sink token
+  int q_len, k_len;              // where its rows and keys end: not the padded extents
+  int q_begin = 0, k_begin = 0;  // not 0 where it is one of several packed ones
+  int offset;                    // where there is no table, row i lies at position i + offset among the keys
+  int first_key, past_keys;      // what row 0 would see of keys without end: row i sees [i + first_key, i + past_keys)
+  bool any_visibility;           // a constant; where it is false there is no table and no sink token
 
   __device__ __forceinline__ Sequence(const Problem& p_, int b_, int q_len_, int k_len_, bool any_visibility_ = true)
       : p(p_), b(b_), q_len(q_len_), k_len(k_len_), any_visibility(any_visibility_) {
@@ -69,6 +70,21 @@ struct Sequence {
   __device__ __forceinline__ Sequence(const Problem& p_, int b_, bool any_visibility_ = true)
       : Sequence(p_, b_, length(p_.visibility.q_lengths, b_, p_.shape.q_len),
                  length(p_.visibility.k_lengths, b_, p_.shape.k_len), any_visibility_) {}
+
+  // One of several packed ones.
+  __device__ __forceinline__ Sequence(const Problem& p_, int b_, const Interval& rows, const Interval& keys,
+                                      int offset_)
+      : p(p_),
+        b(b_),
+        q_len(rows.end),
+        k_len(keys.end),
+        q_begin(rows.begin),
+        k_begin(keys.begin),
+        offset(offset_),
+        any_visibility(false) {
+    first_key = offset - min(p.visibility.window_left, kMaxSequence);
+    past_keys = offset + min(p.visibility.window_right, kMaxSequence) + 1;
+  }
 
   __device__ __forceinline__ TableSide table_rows() const { return TableSide(p, b, true); }
   __device__ __forceinline__ TableSide table_keys() const { return TableSide(p, b, false); }
@@ -94,7 +110,7 @@ struct Sequence {
   // Keys that row i sees, but for sinks. May end before it begins.
   __device__ __forceinline__ Interval keys(int i) const {
     if (has_table()) return i < q_len ? interval(table_rows().token(i)) : Interval{0, 0};
-    return {max(0, i + first_key), i < q_len ? min(k_len, i + past_keys) : 0};
+    return {max(k_begin, i + first_key), i < q_len ? min(k_len, i + past_keys) : 0};
   }
 
   // All that is to be known of row i, by one load where a table says it.
@@ -108,7 +124,7 @@ struct Sequence {
   // Rows that see key j.
   __device__ __forceinline__ Interval rows(int j) const {
     if (has_table()) return j < k_len ? interval(table_keys().token(j)) : Interval{0, 0};
-    return {max(0, j - past_keys + 1), j >= k_len ? 0 : is_sink(j) ? q_len : min(q_len, j + 1 - first_key)};
+    return {max(q_begin, j - past_keys + 1), j >= k_len ? 0 : is_sink(j) ? q_len : min(q_len, j + 1 - first_key)};
   }
 
   // Of rows and keys inside of what is seen and what sees: where a formula says that it has no gaps.
@@ -168,7 +184,7 @@ struct Sequence {
   __device__ __forceinline__ Interval rows_of_keys(int begin, int end) const {
     if (has_table()) return hull(table_keys(), begin, end, k_len);
     const int last = is_sink(begin) ? q_len : min(q_len, min(end, k_len) - first_key);
-    return {max(0, begin - past_keys + 1), begin < k_len ? last : 0};
+    return {max(q_begin, begin - past_keys + 1), begin < k_len ? last : 0};
   }
 
   // Rows that see every key of [begin, end).

@@ -23,7 +23,6 @@ struct VisibilitySmem {
   int gap[kVisibilityThreads / kTableBlock];
   int begins[2][kCopiedBegins];  // of packed sequences: of rows, of keys
   IdBlocks ids;                  // of the other side
-  int lengths[kOrderedTiles];
 };
 
 // Where the packed sequences of a batch entry begin, and the last one ends: rows or keys. Empty where none are packed.
@@ -101,52 +100,20 @@ __device__ __forceinline__ Sight sight_of(const Begins& own, const Begins& other
   return sight;
 }
 
-// All threads of a block: the order of a batch entry's query tiles by their lengths, which only the device knows where
-// sequences are packed. What a tile's first and last row see is near enough.
-__device__ __forceinline__ void order_tiles(const VisibilitySmem& smem, const Begins& rows, const Begins& keys,
-                                            const Sequence& sequence, const LengthOrder& order) {
-  const uint32_t lengths = shared_address(smem.lengths);
-  for (int tile = thread_index(); tile < order.count; tile += kVisibilityThreads) {
-    const int first = tile * order.rows, last = min(first + order.rows, sequence.q_len) - 1;
-    const Interval a = sight_of(rows, keys, sequence, first, true).of;
-    const Interval z = sight_of(rows, keys, sequence, max(first, last), true).of;
-    const Interval both{min(a.begin, z.begin), max(a.end, z.end)};
-    const Interval& all = a.empty() ? z : z.empty() ? a : both;
-    store_shared_32(lengths + 4 * tile, all.end - all.begin);
-  }
-  barrier();
-  for (int tile = thread_index(); tile < order.count; tile += kVisibilityThreads) {
-    const int length = load_shared_32(lengths + 4 * tile);
-    int rank = 0;
-    for (int n = 0; n < order.count; ++n) {
-      const int other = load_shared_32(lengths + 4 * n);
-      rank += other > length || (other == length && n > tile);
-    }
-    store_global(order.tiles + int64_t(sequence.b) * order.count + rank, order.count - 1 - tile);
-  }
-}
-
 // `Family` keeps the families' copies apart: they are compiled for different GPUs. `counter`, if there is one, is that
 // of the kernel that follows, and becomes 0 here: clearing it would be a launch more.
 template <class Family>
 __global__ void __launch_bounds__(kVisibilityThreads, 1)  // without the 1 it has 40 registers, for one id at a time
-    prepare_visibility(const __grid_constant__ Problem p, uint32_t* counter,
-                       const __grid_constant__ LengthOrder order) {
+    prepare_visibility(const __grid_constant__ Problem p, uint32_t* counter) {
   if (counter != nullptr && block_index() == 0 && thread_index() == 0) store_global(counter, 0u);
   const VisibilitySmem& smem = shared_memory<VisibilitySmem>();
   const int q_chunks = ceil_div(p.shape.q_len, kVisibilityThreads);
   const int chunks = q_chunks + ceil_div(p.shape.k_len, kVisibilityThreads);
-  const int ordering = order.tiles == nullptr ? 0 : p.shape.batch;  // blocks, before the others: they take longest
-  const bool orders = block_index() < ordering;
-  const int b = orders ? block_index() : (block_index() - ordering) / chunks;
+  const int b = block_index() / chunks;
   const Sequence sequence(p, b);
   const Begins of_rows(smem, p.visibility, b, true), of_keys(smem, p.visibility, b, false);
   if (p.visibility.cu_q != nullptr) barrier();
-  if (orders) {
-    order_tiles(smem, of_rows, of_keys, sequence, order);
-    return;
-  }
-  const int chunk = (block_index() - ordering) % chunks;
+  const int chunk = block_index() % chunks;
   const bool is_row = chunk < q_chunks;
   const int x = (is_row ? chunk : chunk - q_chunks) * kVisibilityThreads + thread_index();
   const int extent = is_row ? p.shape.q_len : p.shape.k_len;
@@ -199,13 +166,11 @@ __global__ void __launch_bounds__(kVisibilityThreads, 1)  // without the 1 it ha
 }
 
 template <class Family>
-Status launch_prepare_visibility(const Problem& p, cudaStream_t stream, uint32_t* counter = nullptr,
-                                 const LengthOrder& order = {}) {
+Status launch_prepare_visibility(const Problem& p, cudaStream_t stream, uint32_t* counter = nullptr) {
   if (!needs_table(p.visibility)) return Status::Ok();
-  int64_t blocks = ceil_div(p.shape.q_len, kVisibilityThreads) + ceil_div(p.shape.k_len, kVisibilityThreads);
-  if (order.tiles != nullptr) ++blocks;
+  const int64_t blocks = ceil_div(p.shape.q_len, kVisibilityThreads) + ceil_div(p.shape.k_len, kVisibilityThreads);
   return launch("jax_flashattn prepare_visibility", prepare_visibility<Family>,
-                Grid{p.shape.batch * blocks, kVisibilityThreads, sizeof(VisibilitySmem)}, stream, p, counter, order);
+                Grid{p.shape.batch * blocks, kVisibilityThreads, sizeof(VisibilitySmem)}, stream, p, counter);
 }
 
 }  // namespace jfa

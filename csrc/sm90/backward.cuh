@@ -40,8 +40,8 @@ __device__ __forceinline__ void store_key_gradients(const BackwardArguments& a, 
       for (int c = 0; c < Shape::kHeadDim / 4; ++c) dk.v[r][c] = dv.v[r][c] = 0.0f;
     }
   }
-  store_rows<Element>(dv, factors, a.g.dv, item.batch, item.kv_head, row, p.shape.k_len, p.shape.value_dim);
-  store_rows<Element>(dk, scales, a.g.dk, item.batch, item.kv_head, row, p.shape.k_len, p.shape.head_dim);
+  store_rows<Element>(dv, factors, a.g.dv, item.batch, item.kv_head, row, item.stop, p.shape.value_dim);
+  store_rows<Element>(dk, scales, a.g.dk, item.batch, item.kv_head, row, item.stop, p.shape.head_dim);
 }
 
 // The role of a warpgroup that computes.

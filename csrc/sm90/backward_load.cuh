@@ -46,12 +46,13 @@ __device__ __forceinline__ void load_backward(const BackwardArguments& a, Backwa
     if (lane_index() == 0) drawn = dealt + int(increment_global(a.g.counters, 0xffffffff));
     return int(broadcast(drawn));
   };
+  const WorkOrder order = order_of<Shape>(a);
   int number = a.g.deterministic ? draw() : block_index();
 #pragma unroll 1
   for (unsigned published = 0;; ++published) {
     Interval rows{};
-    BackwardItem item{-1, 0, 0, 0, 0, 0, 0, 0};
-    if (number < a.order.items) item = backward_item<Shape>(a, number, rows);
+    BackwardItem item{-1};
+    if (number < order.items) item = backward_item<Shape>(a, order, number, rows);
     if (lane_index() == 0) {
       store_item(shared_address(&smem.items[published % kBackwardItems]), item);
       mbarrier_arrive(shared_address(&smem.item_ready[published % kBackwardItems]));
@@ -156,7 +157,8 @@ __device__ __forceinline__ void order_additions(const BackwardArguments& a, Back
     if (item.first_key < 0) break;
     // Where a formula says who sees whom, the rows of a tile neither begin nor end before those of an earlier one. The
     // last of these then answers for all.
-    const int earliest = sequence_of<Shape>(a.p, item).is_formula() ? max(item.rank - 1, 0) : 0;
+    const bool in_order = a.tiles.tiles == nullptr && sequence_of<Shape>(a.p, item).is_formula();
+    const int earliest = in_order ? max(item.rank - 1, 0) : 0;
     const int group = a.p.shape.heads / a.p.shape.kv_heads;
     const int first_row = item.from_row - (item.q_tiles - 1) * Shape::kQ;
     uint64_t* of_head =

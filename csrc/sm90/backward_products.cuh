@@ -14,10 +14,10 @@ template <int kSteps>
 using HeldKeys = uint32_t[kSteps > 0 ? kSteps : 1][4];
 template <int kSteps, class KeyTile>
 __device__ __forceinline__ void hold_keys(HeldKeys<kSteps>& held, const KeyTile& keys, int first_row) {
+  const int row = opaque(first_row + lane_index() % 16);  // or a part of it is kept from item to item, and spilled
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    load_matrix_x4(held[step], shared_address(keys.bytes) +
-                                   KeyTile::offset_bytes(first_row + lane_index() % 16, 2 * step + lane_index() / 16));
+    load_matrix_x4(held[step], shared_address(keys.bytes) + KeyTile::offset_bytes(row, 2 * step + lane_index() / 16));
   }
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ void store_query_gradient(const BackwardQueryArgument
       }
       transpose_quad(x, quad);
       const int col = 32 * block + 8 * quad;
-      if (i < a.p.shape.q_len && col < a.p.shape.head_dim) {
+      if (i < item.stop && col < a.p.shape.head_dim) {
         store_global_128(row + col, uint4{x[0], x[1], x[2], x[3]});
       }
     }
@@ -153,6 +153,7 @@ __device__ __forceinline__ void compute_backward_query(const BackwardQueryArgume
 
   if (warpgroup == Shape::kWarpgroups - 1) pass_turn();  // warpgroup 0 goes first
   bool more = take_item();
+  if (!more) return;  // of packed sequences there may be fewer tiles than the host thought
   bool first = true;  // tile of its item
 #pragma unroll 1
   while (more) {

@@ -86,18 +86,19 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     ++published;
   };
 
+  const WorkOrder order = order_of<Shape>(a);
   int number = block_index();
   Interval keys{};
   ForwardItem item{};
-  if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
+  if (number < order.items) item = forward_item<Shape>(a, order, number, 0, keys);
 #pragma unroll 1
-  while (number < a.order.items) {
+  while (number < order.items) {
     // The next item is drawn late: one drawn early would wait while other blocks have nothing.
     int drawn = 0;
     const int draw_tile = max(item.key_tiles - 2, 1);
     const auto draw = [&] {
-      if (!a.order.drawn || lane_index() != 0) return;
-      drawn = grid_blocks() + int(increment_global(a.counter, a.order.items - 1));
+      if (!order.drawn || lane_index() != 0) return;
+      drawn = grid_blocks() + int(increment_global(a.counter, order.items - 1));
     };
     const int kv_head = item.head / (a.p.shape.heads / a.p.shape.kv_heads);
     publish(item);
@@ -113,12 +114,12 @@ __device__ __forceinline__ void load_backward_query(const BackwardQueryArguments
     }
     if (item.key_tiles == 1) draw();
     // The next item is worked out before the last load, which has to wait for its place anyway.
-    number = a.order.drawn ? int(broadcast(drawn)) : number + grid_blocks();
+    number = order.drawn ? int(broadcast(drawn)) : number + grid_blocks();
     const int last_batch = item.batch;
-    if (number < a.order.items) item = forward_item<Shape>(a, number, 0, keys);
+    if (number < order.items) item = forward_item<Shape>(a, order, number, 0, keys);
     load_values(j, kv_head, last_batch);
   }
-  publish(ForwardItem{-1, 0, 0, 0, 0, 0, 0, 0});
+  publish(ForwardItem{-1});
 }
 
 // The role of the warp that loads a bias or a mask.

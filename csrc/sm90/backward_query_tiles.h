@@ -17,7 +17,6 @@ struct BackwardQueryTile : TileReads<kReads> {
   static constexpr int kWarpgroups = 2;
   static constexpr int kQ = kWarpgroups * kWarpgroupRows;
   static constexpr int kClusterQ = kQ;  // rows of one item
-  static constexpr bool kAnyOrder = false;
   static constexpr int kK = kK_;
   static constexpr int kKeyPlaces = kKeyPlaces_;
   static constexpr int kValuePlaces = kValuePlaces_;
@@ -91,7 +90,8 @@ auto with_backward_query_tile(const Problem& p, F&& f) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
     if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-    if (!is_formula(p.visibility)) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
+    if (!is_formula(p.visibility) && !tiles_sequences_backward(p))
+      return f(Type<typename Tiles::Seeing>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

@@ -14,6 +14,7 @@ struct BackwardQueryArguments {
   Problem p;
   Gradients g;
   WorkOrder order;
+  SequenceTiles tiles;
   uint32_t* counter;  // of items drawn; 0 before
   TensorMap scores;   // what is staged
   StagedScores staged;

@@ -115,8 +115,10 @@ auto with_backward_tile(const Problem& p, F&& f) {
   if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
   if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
   if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  if (!is_formula(p.visibility)) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
-  if (p.shape.q_len < kShort) return f(Type<typename Tiles::Short>{}, std::false_type{});
+  const bool by_sequence = tiles_sequences_backward(p);
+  if (!is_formula(p.visibility) && !by_sequence) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
+  if (p.shape.q_len / (by_sequence ? std::max(p.visibility.sequences, 1) : 1) < kShort)
+    return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});
 }
@@ -160,7 +162,7 @@ int64_t rows_to_come_floats(const Problem& p) {
   } else {
     return with_backward_tile<kHeadDim>(p, [&](auto tile, auto) {
       constexpr int kKeys = decltype(tile)::type::kK;
-      const int64_t tiles = (int64_t(p.shape.k_len) + kKeys - 1) / kKeys;
+      const int64_t tiles = key_tiles(p, kKeys);
       return (2 * int64_t(p.shape.batch) * p.shape.heads * tiles + 3) / 4 * 4;
     });
   }
@@ -177,7 +179,7 @@ int64_t rows_to_come_floats(const Problem& p) {
 inline WorkOrder backward_order(const Problem& p, int q_tile, int k_tile, bool deterministic) {
   constexpr int64_t kSectionBytes = 10 << 20, kLeastItems = 32, kLag = 200;
   const Shape& s = p.shape;
-  const int64_t heads = int64_t(s.kv_heads) * s.batch, tiles = (s.k_len + k_tile - 1) / k_tile;
+  const int64_t heads = int64_t(s.kv_heads) * s.batch, tiles = key_tiles(p, k_tile);
   const int64_t group_rows = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len;
   const int64_t bytes = group_rows * (6 * s.head_dim + 2 * s.value_dim);
   int64_t least_items = kLeastItems;
@@ -186,7 +188,9 @@ inline WorkOrder backward_order(const Problem& p, int q_tile, int k_tile, bool d
     const int64_t steps = std::max<int64_t>(group_rows / (is_causal ? 2 : 1) / q_tile, 1);  // of an item
     least_items = std::max(least_items, kLag * tiles / steps);
   }
-  return work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, least_items);
+  WorkOrder order = work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, least_items);
+  if (tiles_sequences_backward(p)) order.sequence_tiles = 0;
+  return order;
 }
 
 }  // namespace jfa::sm90

@@ -274,10 +274,10 @@ __device__ __forceinline__ void compute_key_gradient(const BackwardWideArguments
     const jfa::Shape& shape = a.p.shape;
     if constexpr (kOfValues) {
       const float kept = kGeneral ? a.p.scores.dropout.kept : 1.0f;
-      store_key_gradient<Element>(item, out, kept, a.g.dv, shape.k_len, shape.value_dim);
+      store_key_gradient<Element>(item, out, kept, a.g.dv, item.stop, shape.value_dim);
     } else {
       const float scale = ScoreRule<kGeneral>(a.p.scores, item.batch, 0).scale;
-      store_key_gradient<Element>(item, out, scale, a.g.dk, shape.k_len, shape.head_dim);
+      store_key_gradient<Element>(item, out, scale, a.g.dk, item.stop, shape.head_dim);
     }
     arrive_for_lane(item_free + 8 * slot);
   };

@@ -23,6 +23,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
   const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
   const int clusters = grid_blocks() / Shape::kCluster;
   int number = block_index() / Shape::kCluster;
+  const WorkOrder order = order_of<Shape>(a);
 
   // Rows from `row` on, with their statistics. Rows that see no key of the item become zeros: what lies there belongs
   // to others, and 0 x NaN is NaN. Past the tensor TMA writes zeros. In a cluster each block cleans its own copy.
@@ -106,7 +107,7 @@ __device__ __forceinline__ void load_stream(const BackwardWideArguments& a, Back
     const uint32_t item_bytes = items + item_at.slot * kBackwardWideItemWords * 4;
     BackwardWideItem item;
     if constexpr (kOfQueries) {
-      item = backward_wide_item<Shape>(a, number, rank);
+      item = backward_wide_item<Shape>(a, order, number, rank);
       mbarrier_wait(item_free + 8 * item_at.slot, item_at.parity);
       if (lane_index() == 0) {
         store_item(item_bytes, item);

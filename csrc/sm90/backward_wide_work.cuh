@@ -5,6 +5,7 @@
 #include "common/sequence.cuh"
 #include "sm90/backward_wide_tiles.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/sequence_tiles.cuh"
 #include "sm90/shared_matrix.cuh"
 #include "sm90/staged_scores.cuh"
 #include "sm90/work_place.cuh"
@@ -16,6 +17,7 @@ struct BackwardWideArguments {
   Problem p;
   Gradients g;
   WorkOrder order;
+  SequenceTiles tiles;
   uint32_t* counter;  // of items drawn; 0 before
   TensorMap scores;   // what is staged
   StagedScores staged;
@@ -25,14 +27,16 @@ struct BackwardWideArguments {
 // Computed once, by the warp that loads the queries. The rows are those that see some key of the cluster's tiles; an
 // item that none sees has one tile of rows outside the tensor, where zeros are loaded.
 struct BackwardWideItem {
-  int first_key;    // negative: there is no more work
-  int head, batch;  // head of keys and values
-  int q_len, k_len;
+  int first_key;                               // negative: there is no more work
+  int head, batch;                             // head of keys and values
+  int q_begin, q_len, k_begin, k_len, offset;  // as in Sequence
+  int stop;                                    // of keys that are written
   int first_row, end_row;
   int tiles;  // of rows, for each query head of the group
 };
 constexpr int kBackwardWideItems = 2;  // published at a time: the one in work and the next
-constexpr int kBackwardWideItemWords = 8;
+constexpr int kBackwardWideItemWords = 12;
+static_assert(sizeof(BackwardWideItem) <= 4 * kBackwardWideItemWords);
 
 template <class Shape>
 struct BackwardWideScores {
@@ -92,18 +96,23 @@ __device__ __forceinline__ int first_tile_row(const BackwardWideArguments& a, co
 
 // The item with that number, as block `rank` of a cluster works on it; none past the last.
 template <class Shape>
-__device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, int number, int rank) {
-  BackwardWideItem item{-1, 0, 0, 0, 0, 0, 0, 0};
-  if (number >= a.order.items) return item;
-  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
-  const int cluster_key = place.tile * Shape::kClusterKeys;
-  item.first_key = cluster_key + rank * Shape::kKeys;
+__device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWideArguments& a, const WorkOrder& order,
+                                                               int number, int rank) {
+  BackwardWideItem item{-1};
+  if (number >= order.items) return item;
+  const WorkPlace place = place_of(order, number, a.p.shape.batch);
   item.head = place.head;
   item.batch = place.batch;
-  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
-  item.q_len = sequence.q_len;
-  item.k_len = sequence.k_len;
-  Interval rows = sequence.rows_of_keys(cluster_key, cluster_key + Shape::kClusterKeys);
+  const SequenceTile tile = tile_of_item<Shape>(a, place, place.tile * Shape::kClusterKeys, a.p.shape.k_len);
+  item.q_begin = tile.q_begin;
+  item.q_len = tile.q_len;
+  item.k_begin = tile.k_begin;
+  item.k_len = tile.k_len;
+  item.offset = tile.offset;
+  item.stop = tile.stop;
+  item.first_key = tile.first + rank * Shape::kKeys;
+  const Sequence sequence = sequence_of<Shape>(a.p, item);
+  Interval rows = sequence.rows_of_keys(tile.first, tile.first + Shape::kClusterKeys);
   const int outside = max(a.p.shape.q_len, 1);
   if (rows.empty()) rows = {outside, outside};
   item.first_row = rows.begin;

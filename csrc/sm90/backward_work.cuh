@@ -5,6 +5,7 @@
 #include "common/sequence.cuh"
 #include "sm90/backward_tiles.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/sequence_tiles.cuh"
 #include "sm90/shared_matrix.cuh"
 #include "sm90/work_place.cuh"
 
@@ -18,6 +19,7 @@ struct BackwardArguments {
   Problem p;
   Gradients g;
   WorkOrder order;
+  SequenceTiles tiles;
 };
 
 // One item as the roles see it: a key tile, and the query tiles that see some of its keys, the same for each query head
@@ -26,8 +28,9 @@ struct BackwardItem {
   int first_key;  // negative: there is no more work
   int kv_head, batch;
   int rank;  // among the key tiles of this head, by which they add to dQ in deterministic mode
-  int q_len, k_len;
-  int from_row, q_tiles;  // the first query tile to come, and how many there are; possibly none
+  int q_begin, q_len, k_begin, k_len, offset;  // as in Sequence
+  int stop;                                    // of keys that are written
+  int from_row, q_tiles;                       // the first query tile to come, and how many there are; possibly none
 };
 // An item is read for the last time while the next two are published.
 constexpr int kBackwardItems = 4;
@@ -89,16 +92,22 @@ __device__ __forceinline__ int row_step(const Gradients& g) {
 // The item with that number: sections of heads, in each of them the first key tiles of all heads first. `rows` are the
 // queries that see some key of the tile.
 template <class Shape>
-__device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a, int number, Interval& rows) {
-  const WorkPlace place = place_of(a.order, number, a.p.shape.batch);
+__device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a, const WorkOrder& order, int number,
+                                                      Interval& rows) {
+  const WorkPlace place = place_of(order, number, a.p.shape.batch);
   BackwardItem item;
-  item.first_key = place.tile * Shape::kK;
   item.kv_head = place.head;
   item.batch = place.batch;
   item.rank = place.rank;
-  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
-  item.q_len = sequence.q_len;
-  item.k_len = sequence.k_len;
+  const SequenceTile tile = tile_of_item<Shape>(a, place, place.tile * Shape::kK, a.p.shape.k_len);
+  item.first_key = tile.first;
+  item.q_begin = tile.q_begin;
+  item.q_len = tile.q_len;
+  item.k_begin = tile.k_begin;
+  item.k_len = tile.k_len;
+  item.offset = tile.offset;
+  item.stop = tile.stop;
+  const Sequence sequence = sequence_of<Shape>(a.p, item);
   rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);
   if (rows.empty()) rows = {0, 0};  // not one that ends before it begins: loops over its tiles must agree
   const int first_row = rows.begin / Shape::kQ * Shape::kQ;  // on the grid of tiles that all key tiles share

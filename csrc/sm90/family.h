@@ -151,7 +151,7 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
   };
   if constexpr (kHasQueryKernel) {
     with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
-      const WorkOrder order = forward_order(p, decltype(tile)::type::kQ);
+      const WorkOrder order = forward_order(p, decltype(tile)::type::kQ, 1, tiles_sequences_backward(p));
       add_kernel(tile, "dQ by query tiles");
       plan.schedule += ", " + describe(order, order.drawn) + describe_scores<typename decltype(tile)::type>(p);
     });

@@ -14,6 +14,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   const uint32_t landed = shared_address(smem.landed);
   const uint32_t ring = shared_address(smem.ring), full = shared_address(smem.full), free = shared_address(smem.free);
   RingPosition<Shape::kSlots> at(1);
+  const WorkOrder order = order_of<Shape>(a);
   uint32_t landed_parities = 0;  // a bit for each place
 
   const int rank = Shape::kCluster > 1 ? cluster_rank() : 0;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
   // on.
   const auto draw = [&] {
     // items - 1 is drawn last, and leaves the counter at 0: each worker draws once for each of its items.
-    return clusters + int(increment_global(a.counter, a.order.items - 1));
+    return clusters + int(increment_global(a.counter, order.items - 1));
   };
   const auto send = [&](int drawn, unsigned round) {
     const int mailbox = round % kItems;
@@ -114,8 +115,8 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
 
   int number = cluster;
   Interval keys{};
-  ForwardItem item{-1, 0, 0, 0, 0, 0, 0, 0};
-  if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+  ForwardItem item{-1};
+  if (number < order.items) item = forward_item<Shape>(a, order, number, rank, keys);
   publish(item, 0);
 #pragma unroll 1
   for (unsigned round = 0; item.first_row >= 0; ++round) {
@@ -124,7 +125,7 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     // A long item draws the next one late: one drawn early would wait while other blocks have nothing. A short one
     // draws at once, or the next queries would be late.
     const int draw_tile = now.key_tiles > 16 ? now.key_tiles - 8 : 0;
-    const bool draws = a.order.drawn && rank == 0 && lane_index() == 0;
+    const bool draws = order.drawn && rank == 0 && lane_index() == 0;
     int drawn = draws && draw_tile == 0 ? draw() : 0;
     int j = first_tile(now);
     load_keys(j, kv_head, now.batch);
@@ -133,9 +134,9 @@ __device__ __forceinline__ void load_forward(const ForwardArguments& a, ForwardS
     const Interval now_keys = keys;
     const bool gaps = sequence_of<Shape>(a.p, now).has_unseen_keys(first_tile(now), now_keys.end);
     const auto find_next = [&] {
-      number = !a.order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
+      number = !order.drawn ? number + clusters : rank == 0 ? int(broadcast(drawn)) : receive(round);
       item.first_row = -1;
-      if (number < a.order.items) item = forward_item<Shape>(a, number, rank, keys);
+      if (number < order.items) item = forward_item<Shape>(a, order, number, rank, keys);
     };
     // Queries of the next item follow as soon as there is place for them: they come from far, and are needed at once.
     const auto next = QueryPlace<Shape>::of(round + 1);

@@ -38,7 +38,20 @@ __device__ __forceinline__ FinishedRows finish_rows(const Problem& p, uint32_t p
   return rows;
 }
 
-// Writes their outputs, and their log-sum-exp where they lie inside the tensor.
+// A warp's rows of an item's output, from their place in shared memory.
+template <class Output>
+__device__ __forceinline__ void copy_rows(uint32_t from, const Tensor& to, const ForwardItem& item, int first_row,
+                                          int dim) {
+  const int count = min(kOutputRows, item.stop - first_row) * dim / 8;  // pieces of 16 bytes
+#pragma unroll 1
+  for (int n = lane_index(); n < count; n += kWarpThreads) {
+    const int row = n / (dim / 8), piece = n % (dim / 8);
+    uint16_t* at = head_of(to, item.batch, item.head) + (first_row + row) * to.row_stride + piece * 8;
+    store_global_128(at, load_shared_128(from + Output::offset_bytes(row, piece)));
+  }
+}
+
+// Writes their outputs and their log-sum-exp, up to the item's last row.
 template <class Element, class Shape>
 __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardSmem<Shape>& smem, uint32_t published,
                                              const FinishedRows& rows, Fragment<2, Shape::kValueDim / 4>& o) {
@@ -70,7 +83,9 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
     }
     fence_async_shared();
     warp_barrier();
-    if (elect_one()) {
+    if (warp_row + kOutputRows > item.stop && item.stop < p.shape.q_len) {  // TMA would write on
+      copy_rows<Output>(to, p.o, item, warp_row, p.shape.value_dim);
+    } else if (elect_one()) {
 #pragma unroll
       for (int c = 0; c < Output::kChunks; ++c) {
         tma_store(a.o, to + c * Output::kChunkBytes, c * kChunkCols, warp_row, item.head, item.batch);
@@ -78,12 +93,12 @@ __device__ __forceinline__ void store_output(const ForwardArguments& a, ForwardS
       tma_store_commit();
     }
   } else {
-    store_rows<Element>(o, rows.factor, p.o, item.batch, item.head, warp_row, p.shape.q_len, p.shape.value_dim);
+    store_rows<Element>(o, rows.factor, p.o, item.batch, item.head, warp_row, item.stop, p.shape.value_dim);
   }
   // Last, because the fence above waits for all stores before it.
   float* lse = p.lse + (int64_t(item.batch) * p.shape.heads + item.head) * p.shape.q_len + at.row(0);
-  if (lane_index() % 4 == 0 && at.row(0) < p.shape.q_len) store_global(lse, rows.lse[0]);
-  if (lane_index() % 4 == 0 && at.row(1) < p.shape.q_len) store_global(lse + 8, rows.lse[1]);
+  if (lane_index() % 4 == 0 && at.row(0) < item.stop) store_global(lse, rows.lse[0]);
+  if (lane_index() % 4 == 0 && at.row(1) < item.stop) store_global(lse + 8, rows.lse[1]);
 }
 
 }  // namespace jfa::sm90

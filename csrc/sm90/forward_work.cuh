@@ -7,6 +7,7 @@
 #include "common/sequence.cuh"
 #include "dispatch.h"
 #include "sm90/pipeline.cuh"
+#include "sm90/sequence_tiles.cuh"
 #include "sm90/shared_matrix.cuh"
 #include "sm90/tiles.h"
 #include "sm90/work_place.cuh"
@@ -21,6 +22,7 @@ struct ForwardArguments {
   TensorMap q, k, v, o, scores;
   Problem p;
   WorkOrder order;
+  SequenceTiles tiles;
   uint32_t* counter;  // of items drawn; 0 before and after
   StagedScores staged;
   int staged_row_mask;
@@ -30,9 +32,10 @@ struct ForwardArguments {
 struct ForwardItem {
   int first_row;  // of the query tile; negative: there is no more work
   int head, batch;
-  int q_len, k_len;
-  int first_key, key_tiles;  // at least one tile, so that every row gets its zeros
-  int sink_end;              // where tiles with sinks end, if any, and those from first_key on follow
+  int q_begin, q_len, k_begin, k_len, offset;  // as in Sequence
+  int stop;                                    // of rows that are written
+  int first_key, key_tiles;                    // at least one tile, so that every row gets its zeros
+  int sink_end;                                // where tiles with sinks end, if any, and those from first_key on follow
 };
 // Published items stay readable while the next three are: the epilogue of one runs when its successor has been taken,
 // and two more may have been published.
@@ -95,21 +98,27 @@ __device__ __forceinline__ uint32_t item_address(const Smem& smem, unsigned coun
 // The item with that number, as block `rank` of a cluster works on it: sections of heads, in each of them the last
 // query tiles of all heads first. `keys` are those that the rows of the whole cluster see, but for sinks.
 template <class Shape, class Arguments>
-__device__ __forceinline__ ForwardItem forward_item(const Arguments& a, int number, int rank, Interval& keys) {
-  const WorkPlace place = place_of<Shape::kAnyOrder>(a.order, number, a.p.shape.batch);
-  const bool pair = Shape::kClusterQ > Shape::kQ && a.order.item_heads > 1;  // of heads
+__device__ __forceinline__ ForwardItem forward_item(const Arguments& a, const WorkOrder& order, int number, int rank,
+                                                    Interval& keys) {
+  const WorkPlace place = place_of(order, number, a.p.shape.batch);
+  const bool pair = Shape::kClusterQ > Shape::kQ && order.item_heads > 1;  // of heads
   const int cluster_rows = pair ? Shape::kQ : Shape::kClusterQ;
-  const int cluster_row = (a.order.tiles - 1 - place.tile) * cluster_rows;
   ForwardItem item;
   item.batch = place.batch;
   item.head = place.head + (pair ? rank : 0);
-  item.first_row = cluster_row + (pair ? 0 : rank * Shape::kQ);
-  const Sequence sequence(a.p, item.batch, Shape::kAnyVisibility);
-  item.q_len = sequence.q_len;
-  item.k_len = sequence.k_len;
+  const SequenceTile tile =
+      tile_of_item<Shape>(a, place, (order.tiles - 1 - place.tile) * cluster_rows, a.p.shape.q_len);
+  item.q_begin = tile.q_begin;
+  item.q_len = tile.q_len;
+  item.k_begin = tile.k_begin;
+  item.k_len = tile.k_len;
+  item.offset = tile.offset;
+  item.stop = tile.stop;
+  item.first_row = tile.first + (pair ? 0 : rank * Shape::kQ);
+  const Sequence sequence = sequence_of<Shape>(a.p, item);
   // Tiles that stage scores, and have two warps that load, would spill.
-  keys = Shape::kStagesScores ? sequence.keys_of_rows(cluster_row, cluster_row + cluster_rows)
-                              : sequence.keys_of_rows_by_warp(cluster_row, cluster_row + cluster_rows);
+  keys = Shape::kStagesScores ? sequence.keys_of_rows(tile.first, tile.first + cluster_rows)
+                              : sequence.keys_of_rows_by_warp(tile.first, tile.first + cluster_rows);
   const KeyTiles<Shape::kK> tiles(keys, sequence.sink_keys(), key_alignment(a.p.scores));
   const int outside = max(a.p.shape.k_len, 1);  // of the tensor, where zeros are loaded
   if (tiles.count == 0) keys = {outside, outside};

@@ -25,13 +25,16 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(keys) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
+  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+    return Status::Internal("a tile that takes only formulas");
   BackwardArguments a;
   a.p = p;
   a.g = g;
   a.order = backward_order(p, Shape::kQ, Shape::kK, g.deterministic);
   Status status = Status::Ok();
-  if (a.order.items > 0) {
+  if (by_sequence) status = launch_tile_sequences<Sm90>(a.tiles, p, a.order, Shape::kK, true, stream);
+  if (status.ok() && a.order.items > 0) {
     const bool has_queries = s.q_len > 0;  // an empty array may have no address
     status = make_tensor_map(a.q, has_queries ? p.q : p.k, p.type, s.head_dim, s.q_len, s.heads, s.batch, Shape::kQ);
     if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kK);
@@ -56,7 +59,7 @@ template <int kHeadDim>
 Status launch_backward(const Problem& p, const Gradients& g, int multiprocessors, cudaStream_t stream) {
   return with_element(p.type, [&](auto element) {
     using Element = typename decltype(element)::type;
-    Status status = launch_prepare_visibility<Sm90>(p, stream);
+    Status status = tiles_sequences_backward(p) ? Status::Ok() : launch_prepare_visibility<Sm90>(p, stream);
     if (status.ok()) status = launch_prepare_backward<Element, Sm90>(p, g, stream);
     if (!status.ok()) return status;
     if constexpr (kHeadDim <= 128) {

@@ -14,11 +14,13 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   using Smem = BackwardQuerySmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_query_tiles.h does not fit into shared memory");
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
+  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+    return Status::Internal("a tile that takes only formulas");
   BackwardQueryArguments a;
   a.p = p;
   a.g = g;
-  a.order = forward_order(p, Shape::kQ);
+  a.order = forward_order(p, Shape::kQ, 1, by_sequence);
   a.counter = counter;
   const jfa::Shape& s = p.shape;
   const bool has_keys = s.k_len > 0;  // an empty array may have no address
@@ -33,6 +35,8 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   if (!status.ok()) return status;
   const int64_t blocks = std::min(a.order.items, std::max(multiprocessors, 1));
   if (a.order.items <= blocks) a.order.drawn = false;  // one for each
+  if (by_sequence) status = launch_tile_sequences<Sm90>(a.tiles, p, a.order, Shape::kQ, false, stream);
+  if (!status.ok()) return status;
   return launch("jax_flashattn sm90 backward_query", backward_query<Element, Shape, kGeneral>,
                 Grid{blocks, Shape::kThreads, Shape::kSharedBytes}, stream, a);
 }

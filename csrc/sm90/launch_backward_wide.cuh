@@ -14,7 +14,9 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
   using Smem = BackwardWideSmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_wide_tiles.h does not fit into shared memory");
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility)) return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
+  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+    return Status::Internal("a tile that takes only formulas");
   BackwardWideArguments a;
   a.p = p;
   a.g = g;
@@ -30,6 +32,8 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
   if (status.ok()) status = make_tensor_map(a.k, p.k, p.type, s.head_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
   if (status.ok()) status = make_tensor_map(a.v, p.v, p.type, s.value_dim, s.k_len, s.kv_heads, s.batch, Shape::kKeys);
   if (status.ok()) status = stage_scores<Shape>(a, p, Shape::kQ, Shape::kKeys);
+  if (!status.ok()) return status;
+  if (by_sequence) status = launch_tile_sequences<Sm90>(a.tiles, p, a.order, Shape::kClusterKeys, true, stream);
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   return launch("jax_flashattn sm90 backward_wide", backward_wide<Element, Shape, kGeneral>,

@@ -54,7 +54,6 @@ struct ForwardTile : TileReads<kReads> {
   static constexpr int kCluster = kCluster_;
   static constexpr int kClusterQ = kCluster * kQ;  // rows of one item, over all its heads
   static constexpr bool kStagesScores = TileReads<kReads>::kStagesScores;
-  static constexpr bool kAnyOrder = TileReads<kReads>::kAnyVisibility && !kStagesScores;  // of items: by length too
   static_assert(!kStagesScores || kCluster == 1, "the blocks of a cluster do not load biases and masks for each other");
   static_assert(kCluster == 1 || (kCluster == 2 && (kHeadDim + 63) / 64 % 2 == 0 && (kValueDim + 63) / 64 % 2 == 0),
                 "a cluster's blocks load whole chunks of 64 columns");
@@ -241,8 +240,35 @@ inline bool is_dense(const Problem& p) {
          v.k_lengths == nullptr && is_formula(v);
 }
 
+// Whether packed sequences have tiles of their own, for which who sees whom is a formula. Not short ones, of which a
+// tile would hold several (of 64 tokens, twice as many tiles); nor where tiles begin at multiples of 16 bytes of a bias
+// or of a block of dropout.
+inline bool tiles_sequences(const Problem& p) {
+  const Visibility& v = p.visibility;
+  return v.cu_q != nullptr && v.q_segments == nullptr && v.spans == nullptr && p.scores.sinks.data == nullptr &&
+         !reads_scores(p.scores) && p.scores.dropout.seeds == nullptr && v.sequences <= kTiledSequences &&
+         p.shape.q_len > int64_t(kWarpgroupRows) * v.sequences;
+}
+inline int64_t sequence_tile_records(const Problem& p) {
+  if (!tiles_sequences(p)) return 0;
+  return sequence_tile_records(p, std::max(p.shape.q_len, p.shape.k_len), kWarpgroupRows);
+}
+
+// The same of the backward: plain scores only, and keys as many.
+inline bool tiles_sequences_backward(const Problem& p) {
+  return tiles_sequences(p) && !is_general(p.scores) &&
+         p.shape.k_len > int64_t(kWarpgroupRows) * p.visibility.sequences;
+}
+// Key tiles of a head; at most, where sequences have tiles of their own.
+inline int64_t key_tiles(const Problem& p, int k_tile) {
+  if (tiles_sequences_backward(p)) return sequence_tile_slots(p, p.shape.k_len, k_tile);
+  return (int64_t(p.shape.k_len) + k_tile - 1) / k_tile;
+}
+
 // What tiles with kVisibility are for.
-inline bool reads_visibility(const Problem& p) { return !is_formula(p.visibility) || p.scores.sinks.data != nullptr; }
+inline bool reads_visibility(const Problem& p) {
+  return (!is_formula(p.visibility) && !tiles_sequences(p)) || p.scores.sinks.data != nullptr;
+}
 
 inline ForwardKind general_kind(const Problem& p) {
   const bool drops = p.scores.dropout.seeds != nullptr;
@@ -279,24 +305,18 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors, bool pair
   if (v.q_segments != nullptr) return ForwardKind::kShort;
   const int64_t window = int64_t(v.window_left) + v.window_right + 1;
   const int64_t keys = v.sequences > 1 ? p.shape.k_len / v.sequences : p.shape.k_len;  // of an average sequence
-  // All rows of a sequence see the same of it, as in dense attention.
+  // All rows of a sequence see the same of it, as in dense attention: d 64, 16 of 1024: 420 (kLong: 399), d 96 495
+  // (488).
   if (v.sequences > 1 && v.window_left >= p.shape.k_len && v.window_right >= p.shape.k_len && keys >= kShortDenseKeys)
-    return ForwardKind::kLong;
+    return tiles_sequences(p) ? ForwardKind::kShortDense : ForwardKind::kLong;
   return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
-// Whether the device is to order packed sequences' tiles: not where sequences are short on average, as items are then
-// over before their place in that order has been read.
-inline bool wants_length_order(const Problem& p, const WorkOrder& order) {
-  constexpr int kShortSequence = 1024;
-  const int sequences = p.visibility.sequences;
-  return sequences > 1 && p.shape.k_len / sequences > kShortSequence && order.tiles <= kOrderedTiles;
-}
-
-// `q_tile`: rows of an item, which has `item_heads`.
-inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1) {
+// `q_tile`: rows of an item, which has `item_heads`. `by_sequence`: there are SequenceTiles, perhaps fewer.
+inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1, bool by_sequence = false) {
   const int64_t heads = int64_t(p.shape.heads / item_heads) * p.shape.batch;
-  const int64_t tiles = (p.shape.q_len + q_tile - 1) / q_tile;
+  const int64_t tiles =
+      by_sequence ? sequence_tile_slots(p, p.shape.q_len, q_tile) : (p.shape.q_len + q_tile - 1) / q_tile;
   if (is_dense(p)) {
     WorkOrder order = work_order(p, heads, tiles, 1);
     order.item_heads = item_heads;
@@ -322,11 +342,13 @@ inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1)
   WorkOrder order = work_order(p, heads, tiles, std::max(fit, least), kLeastItems);
   order.item_heads = item_heads;
   order.drawn = true;
+  if (by_sequence) order.sequence_tiles = 0;
   return order;
 }
 template <class Tile>
 WorkOrder forward_order(const Problem& p) {
-  return pairs_heads<Tile>(p) ? forward_order(p, Tile::kQ, 2) : forward_order(p, Tile::kClusterQ);
+  const bool pairs = pairs_heads<Tile>(p);
+  return forward_order(p, pairs ? Tile::kQ : Tile::kClusterQ, pairs ? 2 : 1, tiles_sequences(p));
 }
 
 }  // namespace jfa::sm90

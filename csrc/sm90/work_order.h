@@ -2,9 +2,9 @@
 //
 // Heads are cut into sections that stay in the L2 together; within a section the longest tiles of all its heads come
 // first. Where sequences with an edge on the right (causal ones) are packed into one, the host knows their number, and
-// takes them for equally long: then the longest tiles of all sequences come first. Of long ones the forward has the
-// device find out, which knows the sequences. The last section is as large as it takes to end evenly: with few items of
-// each length, some block would still be busy with a long one when the others have ended.
+// takes them for equally long: then the longest tiles of all sequences come first. The last section is as large as it
+// takes to end evenly: with few items of each length, some block would still be busy with a long one when the others
+// have ended.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +20,8 @@ struct WorkOrder {
   int tiles = 0;  // of a head
   int heads = 0;  // counted over the batch, here and in a section in units of item_heads
   int items = 0;
-  int item_heads = 1;              // of an item; two are for the two blocks of a cluster
-  int sequence_tiles = 0;          // of each of the sequences, if there are several
-  const int* by_length = nullptr;  // [batch, tiles]: what stands there for a tile's rank; see LengthOrder
+  int item_heads = 1;      // of an item; two are for the two blocks of a cluster
+  int sequence_tiles = 0;  // of each of the sequences, if there are several
   int section_heads = 1;
   int sections = 0;            // before the last one, which has the other heads
   bool batch_fastest = false;  // in the numbering of heads
@@ -44,6 +43,30 @@ inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int6
   order.section_heads = static_cast<int>(section);
   order.sections = static_cast<int>((heads - last) / section);
   return order;
+}
+
+// Tiles of packed sequences, of query rows or of keys, each with those of one only: see sequence_tiles.cuh.
+struct SequenceTile {
+  int first, stop;  // which are written, perhaps more than a tile has; none: there is no tile
+  int q_begin, q_len, k_begin, k_len, offset;  // as in common/sequence.cuh; all 0 where they are of no sequence
+  int unused;                                  // two loads of 16 bytes
+};
+struct SequenceTiles {
+  SequenceTile* tiles = nullptr;  // [batch, slots]: those that see most, or are seen by most, first; absent: none
+  int* count = nullptr;           // how many there are in the only batch entry; absent: `slots`, or fewer
+  int slots = 0;
+  int size = 0;  // of a tile
+  bool of_keys = false;
+};
+constexpr int kTiledSequences = 4096;  // more are not copied to shared memory
+constexpr int kOrderedTiles = 1024;    // more stay in the order of rows
+
+// `length`: of the tensor.
+inline int64_t sequence_tile_slots(const Problem& p, int length, int size) {
+  return int64_t(length / size) + p.visibility.sequences + 2;
+}
+inline int64_t sequence_tile_records(const Problem& p, int length, int size) {  // of 16 bytes, with one for the count
+  return 1 + 2 * p.shape.batch * sequence_tile_slots(p, length, size);
 }
 
 }  // namespace jfa::sm90

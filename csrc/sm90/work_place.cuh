@@ -23,8 +23,6 @@ __device__ __forceinline__ int tile_of_rank(const WorkOrder& order, int rank) {
   return rest + (rank - before) / sequences + (rank - before) % sequences * of_sequence;
 }
 
-// kByLength: the tile of a rank may have to be read.
-template <bool kByLength = false>
 __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number, int batch) {
   const int section = min(number / (order.section_heads * order.tiles), order.sections);
   const int first_head = section * order.section_heads;
@@ -33,17 +31,15 @@ __device__ __forceinline__ WorkPlace place_of(const WorkOrder& order, int number
   const int head = first_head + rest % heads;
   const int heads_of_entry = order.heads / batch;
   const int entry = order.batch_fastest ? head % batch : head / heads_of_entry;
-  const int tile = kByLength && order.by_length != nullptr
-                       ? load_global(order.by_length + int64_t(entry) * order.tiles + rest / heads)
-                       : tile_of_rank(order, rest / heads);
   const int of_entry = order.batch_fastest ? head / batch : head % heads_of_entry;
-  return {tile, of_entry * order.item_heads, entry, rest / heads};
+  return {tile_of_rank(order, rest / heads), of_entry * order.item_heads, entry, rest / heads};
 }
 
-// Who sees whom in the batch entry of an item.
+// Who sees whom in the batch entry of an item, or in its one of several packed sequences.
 template <class Shape, class Item>
 __device__ __forceinline__ Sequence sequence_of(const Problem& p, const Item& item) {
-  return Sequence(p, item.batch, item.q_len, item.k_len, Shape::kAnyVisibility);
+  if constexpr (Shape::kAnyVisibility) return Sequence(p, item.batch, item.q_len, item.k_len);
+  return Sequence(p, item.batch, {item.q_begin, item.q_len}, {item.k_begin, item.k_len}, item.offset);
 }
 
 }  // namespace jfa::sm90

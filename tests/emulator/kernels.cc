@@ -218,6 +218,15 @@ void report(Session& session, const jfa::Status& status) {
   if (!status.ok()) snprintf(session.fault, sizeof(session.fault), "%s", std::string(status.message).c_str());
 }
 
+jfa::Plan plan_of(Session& session, const Call& call, const char* family, bool is_backward) {
+  const jfa::Device device = {90, int(session.multiprocessors), jfa::kSharedBytes};
+  const jfa::Problem p = problem_of(call);
+  jfa::Plan plan;
+  report(session, is_backward ? jfa::plan_backward(p, gradients_of(call), family, device, plan)
+                              : jfa::plan_forward(p, family, device, plan));
+  return plan;
+}
+
 }  // namespace
 
 extern "C" uint64_t call_bytes() { return sizeof(Call); }
@@ -229,14 +238,14 @@ extern "C" const char* choices(const Session* session, const Call* call, int is_
   return list.c_str();
 }
 
-// Of the forward or the backward.
+// That of the forward or the backward; the text lives until the thread asks again.
 extern "C" int64_t scratch_floats(Session* session, const Call* call, const char* family, int is_backward) {
-  const jfa::Device device = {90, int(session->multiprocessors), jfa::kSharedBytes};
-  const jfa::Problem p = problem_of(*call);
-  jfa::Plan plan;
-  report(*session, is_backward ? jfa::plan_backward(p, gradients_of(*call), family, device, plan)
-                               : jfa::plan_forward(p, family, device, plan));
-  return plan.scratch_floats;
+  return plan_of(*session, *call, family, is_backward != 0).scratch_floats;
+}
+extern "C" const char* schedule(Session* session, const Call* call, const char* family, int is_backward) {
+  static thread_local std::string text;
+  text = plan_of(*session, *call, family, is_backward != 0).schedule;
+  return text.c_str();
 }
 
 extern "C" void attention_forward(Session* session, emulator::GlobalMemory* memory, const Call* call,

@@ -110,32 +110,14 @@ def library(head_dim, family, backward, mutant=None):
     loaded = build("kernels.cc", *flags, defines=defines, edits=edits)
     loaded.call_bytes.restype = ctypes.c_uint64
     loaded.scratch_floats.restype = ctypes.c_int64
-    loaded.choices.restype = ctypes.c_char_p
+    loaded.choices.restype = loaded.schedule.restype = ctypes.c_char_p
     if loaded.call_bytes() != ctypes.sizeof(_Call):
         raise TypeError("Call in kernels.cc and _Call in kernels.py differ")
     return loaded
 
 
-def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_cotangent=True,
-        family="sm80", edits=(), **device):  # fmt: skip
-    """Runs forward and backward of a case; Results, without the gradients of a scale and of sinks.
-
-    A case's arrays may hold cu_seqlens_q and cu_seqlens_k, [batch, sequences + 1] each.
-
-    Args:
-      case: a Case.
-      dtype: "float16" or "bfloat16".
-      gradients: run the backward too.
-      general: pass the scale as an array, so that the kernels for general scores run in any case.
-      deterministic: dQ summed in a fixed order.
-      lse_cotangent: give the backward a gradient of lse.
-      family: of kernels: "sm80" or "sm90".
-      edits: as of build(): run a mutant of the last pass that runs.
-      **device: arguments of Device.
-
-    Raises:
-      FaultError: a kernel did what no kernel may, or the call was refused.
-    """
+def _operands(case, dtype, general, deterministic):
+    """A case's _Call, its arrays, and a function that registers those that both passes read."""
     arrays, static = with_seeds(case.arrays(dtype)), case.static()
     query, key, value = arrays["query"], arrays["key"], arrays["value"]
     batch, q_len, heads, head_dim = query.shape
@@ -162,10 +144,8 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
     for name, field in (("alibi_slopes", "slopes_by_entry"), ("sinks", "sinks_by_entry")):
         values[field] = np.ndim(arrays.get(name)) == 2
     call = _Call(**values)
-    dim = next(d for d in HEAD_DIMS if d >= max(head_dim, value.shape[3]))
 
     def prepare(memory):
-        """Registers the operands of both passes."""
         call.q, call.k, call.v = (memory.input(n, arrays[n]) for n in ("query", "key", "value"))
         if device_scale is not None:
             call.device_scale = memory.input("scale", np.reshape(device_scale, 1))
@@ -175,11 +155,58 @@ def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_
         call.bias = _scores(memory.input("bias", bias), bias)
         call.mask = _scores(memory.input("mask", mask), mask)
 
+    return call, arrays, prepare
+
+
+def _dim(call):
+    """That the kernels of a call are compiled for."""
+    return next(d for d in HEAD_DIMS if d >= max(call.head_dim, call.value_dim))
+
+
+def schedule(case, dtype, family="sm90", backward=False, **device):
+    """What the plan of a case's forward or backward says of its order and of what comes before."""
+    call, _, prepare = _operands(case, dtype, False, False)
+    with Device(library(_dim(call), None, False), **device) as memory:
+        prepare(memory)
+        arguments = ctypes.byref(memory.session), ctypes.byref(call), family.encode(), int(backward)
+        text = memory.library.schedule(*arguments).decode()
+        if memory.session.fault:
+            raise FaultError(memory.session.fault.decode())
+    return text
+
+
+def run(case, dtype, *, gradients=True, general=False, deterministic=False, lse_cotangent=True,
+        family="sm80", edits=(), **device):  # fmt: skip
+    """Runs forward and backward of a case; Results, without the gradients of a scale and of sinks.
+
+    A case's arrays may hold cu_seqlens_q and cu_seqlens_k, [batch, sequences + 1] each.
+
+    Args:
+      case: a Case.
+      dtype: "float16" or "bfloat16".
+      gradients: run the backward too.
+      general: pass the scale as an array, so that the kernels for general scores run in any case.
+      deterministic: dQ summed in a fixed order.
+      lse_cotangent: give the backward a gradient of lse.
+      family: of kernels: "sm80" or "sm90".
+      edits: as of build(): run a mutant of the last pass that runs.
+      **device: arguments of Device.
+
+    Raises:
+      FaultError: a kernel did what no kernel may, or the call was refused.
+    """
+    call, arrays, prepare = _operands(case, dtype, general, deterministic)
+    query, value, bias = arrays["query"], arrays["value"], arrays.get("bias")
+    batch, q_len, heads, _ = query.shape
+    dim = _dim(call)
+
     mutant = None
     if edits:
         choices = ""
-        if family == "sm90":
-            with Device(library(dim, None, False), **device) as memory:
+        if family == "sm90":  # what chooses may be edited too
+            host = tuple(edit for edit in edits if edit[0].endswith(".h"))
+            chooser = library(dim, None, False, Mutant(host, dtype, "") if host else None)
+            with Device(chooser, **device) as memory:
                 prepare(memory)
                 choices = _choices(memory, call, gradients)
         mutant = Mutant(edits, dtype, choices)

@@ -167,11 +167,28 @@ inline void add_tiles(const Adder& adder) {
     c.q_lengths = {200, 0, 77};
     c.k_lengths = {300, 129, 0};
   });
-  add("tile_packed_by_length", {1, 300, 2101, 70, 2, d, d}, [&](Case& c) {
+  add("tile_sequences", {1, 300, 2101, 70, 2, d, d}, [&](Case& c) {
     c.cu_q = {0, 100, 300};
     c.cu_k = {0, 50, 2101};
     causal_bottom_right(c);
   });
+  const auto sequences = [](Case& c) {
+    c.cu_q = {7, 140, 140, 291};
+    c.cu_k = {3, 100, 130, 281};
+  };
+  add("tile_sequences_gaps", {1, 300, 290, 8, 4, d, d}, sequences);
+  add("tile_sequences_by_table", {1, 300, 290, 2, 1, d, d}, [](Case& c) {  // so short that they have no tiles
+    c.cu_q = {7, 60, 60, 100, 140, 291};
+    c.cu_k = {3, 40, 90, 130, 130, 281};
+  });
+  // In clusters, where there are any: of two heads of a group, and of two query tiles. Rows see few of the keys.
+  const auto long_sequences = [&](Case& c) {
+    c.cu_q = {7, 270, 291};
+    c.cu_k = {3, 130, 4190};
+    causal(c);
+  };
+  add("tile_sequences_pairs", {1, 300, 4200, 16, 4, d, d}, long_sequences);
+  add("tile_sequences_clusters", {1, 300, 4200, 15, 5, d, d}, long_sequences);
   add("tile_lengths_long", {3, 130, 2051, 44, 1, d, d}, [](Case& c) {
     c.q_lengths = {130, 100, 3};
     c.k_lengths = {131, 0, 2050};
@@ -214,6 +231,16 @@ inline void add_gradients(const Adder& add) {
     c.q_lengths = {150, 0, 77};
     c.k_lengths = {200, 129, 0};
     c.window.window_right = 0;
+  });
+  const auto sequences = [](Case& c) {
+    c.cu_q = {7, 140, 140, 291};
+    c.cu_k = {3, 100, 130, 281};
+  };
+  add("grad_sequences", {1, 300, 290, 2, 1, d, d}, sequences);
+  add("grad_sequences_causal", {1, 300, 290, 2, 2, d, d}, [&](Case& c) {
+    sequences(c);
+    c.window.window_right = 0;
+    c.window.bottom_right = true;
   });
   add("grad_general", {1, 150, 200, 2, 1, d, d}, [](Case& c) {
     c.bias = {1, 2, 150, 200};

@@ -30,7 +30,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kRows = kOperandElements / 8;
 constexpr int kReferenceEvery = 20;
-constexpr int64_t kForwardScratchFloats = 64;
 constexpr size_t kBandBytes = 4096 + 16;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -79,11 +78,11 @@ class Worker {
       }
     }
     scratch_ = allocate<float>(kScratchFloats * sizeof(float));
-    lengths_ = allocate<int>(2 * kMostBatch * sizeof(int));
+    lengths_ = allocate<int>(2 * kMostBounds * sizeof(int));
     scale_ = allocate<float>(sizeof(float));
     verdict_ = allocate<Verdict>(sizeof(Verdict));
     found_ = allocate<Verdict>(sizeof(Verdict), true);
-    host_lengths_ = allocate<int>(2 * kMostBatch * sizeof(int), true);
+    host_lengths_ = allocate<int>(2 * kMostBounds * sizeof(int), true);
     const float scale = static_cast<float>(kScaleOnDevice);
     check(cudaMemcpyAsync(scale_, &scale, sizeof(scale), cudaMemcpyHostToDevice, stream_), "writing the scale");
     check(cudaStreamSynchronize(stream_), "writing the scale");
@@ -117,7 +116,8 @@ class Worker {
     const jfa::Shape& s = call.shape;
     jfa::Gradients g;
     jfa::Problem p = problem(call, seed, g);
-    jfa::Plan plan;
+    jfa::Plan forward, plan;
+    check(jfa::plan_forward(p, "auto", session_.device, forward));
     check(jfa::plan_backward(p, g, "auto", session_.device, plan));
     const bool gradients = call.gradients != Call::kNone && plan.scratch_floats <= kScratchFloats;
     const int64_t keys = int64_t(s.batch) * s.k_len * s.kv_heads;
@@ -136,8 +136,8 @@ class Worker {
       if (session_.bug == "hang") spin<<<1, 1, 0, stream_>>>(5'000'000'000);
       p.o.data = result(n, Verdict::kOut);
       p.lse = static_cast<float*>(result(n, Verdict::kLse));
-      check(cudaMemsetAsync(scratch_, 0xff, kForwardScratchFloats * sizeof(float), stream_), "poisoning scratch");
-      check(jfa::forward(p, scratch_, kForwardScratchFloats, "auto", stream_));
+      check(cudaMemsetAsync(scratch_, 0xff, forward.scratch_floats * sizeof(float), stream_), "poisoning scratch");
+      check(jfa::forward(p, scratch_, forward.scratch_floats, "auto", stream_));
       wait_for_run(call, n, "forward");
     }
     if (session_.bug == "flip") check(cudaMemsetAsync(p.lse, 0x11, 4, stream_), "planting");
@@ -231,12 +231,15 @@ class Worker {
     p.scores.scale = static_cast<float>(call.scale());
     if (call.general) p.scores.device_scale = scale_;
     p.visibility = call.window;
-    std::copy(call.q_lengths.begin(), call.q_lengths.end(), host_lengths_);
-    std::copy(call.k_lengths.begin(), call.k_lengths.end(), host_lengths_ + kMostBatch);
-    check(cudaMemcpyAsync(lengths_, host_lengths_, 2 * kMostBatch * sizeof(int), cudaMemcpyHostToDevice, stream_),
-          "writing the lengths");
-    if (!call.q_lengths.empty()) p.visibility.q_lengths = lengths_;
-    if (!call.k_lengths.empty()) p.visibility.k_lengths = lengths_ + kMostBatch;
+    // Packed sequences have bounds, others may have lengths.
+    const bool packed = !call.cu_q.empty();
+    const auto &of_rows = packed ? call.cu_q : call.q_lengths, &of_keys = packed ? call.cu_k : call.k_lengths;
+    std::copy(of_rows.begin(), of_rows.end(), host_lengths_);
+    std::copy(of_keys.begin(), of_keys.end(), host_lengths_ + kMostBounds);
+    check(cudaMemcpyAsync(lengths_, host_lengths_, 2 * kMostBounds * sizeof(int), cudaMemcpyHostToDevice, stream_),
+          "writing lengths or bounds");
+    if (!of_rows.empty()) (packed ? p.visibility.cu_q : p.visibility.q_lengths) = lengths_;
+    if (!of_keys.empty()) (packed ? p.visibility.cu_k : p.visibility.k_lengths) = lengths_ + kMostBounds;
     return p;
   }
 

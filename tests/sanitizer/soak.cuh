@@ -111,6 +111,17 @@ struct Keys {
 
 // Those that row i sees.
 __device__ inline Keys visible_keys(const jfa::Problem& p, int b, int i) {
+  if (p.visibility.cu_q != nullptr) {
+    const int sequences = p.visibility.sequences, bottom_right = p.visibility.bottom_right;
+    const int *q = p.visibility.cu_q + b * (sequences + 1), *k = p.visibility.cu_k + b * (sequences + 1);
+    for (int n = 0; n < sequences; ++n) {
+      if (i < q[n] || i >= q[n + 1]) continue;
+      const int64_t diagonal = i + k[n + bottom_right] - q[n + bottom_right];
+      const int64_t first = diagonal - p.visibility.window_left, past = diagonal + p.visibility.window_right + 1;
+      return {static_cast<int>(first > k[n] ? first : k[n]), static_cast<int>(past < k[n + 1] ? past : k[n + 1])};
+    }
+    return {0, 0};
+  }
   const int64_t q_len = p.visibility.q_lengths ? p.visibility.q_lengths[b] : p.shape.q_len;
   const int64_t k_len = p.visibility.k_lengths ? p.visibility.k_lengths[b] : p.shape.k_len;
   const int64_t diagonal = i + (p.visibility.bottom_right ? k_len - q_len : 0);

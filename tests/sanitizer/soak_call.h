@@ -1,6 +1,7 @@
 // The random calls of soak.cu.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -13,7 +14,8 @@ namespace sanitizer {
 
 constexpr int64_t kOperandElements = 1 << 25;
 constexpr int64_t kProducts = int64_t(1) << 35;  // at most: the slowest judge then takes some tenths of a second
-constexpr int kMostBatch = 8, kLongest = 3000;
+constexpr int kMostBatch = 8, kLongest = 3000, kMostSequences = 8;
+constexpr int kMostBounds = kMostBatch * (kMostSequences + 1);
 constexpr double kScaleOnDevice = 0.1f;
 
 // One call. It is what its seed makes of it.
@@ -23,8 +25,9 @@ struct Call {
   jfa::ElementType type = jfa::ElementType::kBfloat16;
   jfa::Visibility window;
   std::vector<int> q_lengths, k_lengths;
-  bool general = false;     // the scale is on the device
-  bool one_by_one = false;  // the first run has ended before the second begins
+  std::vector<int> cu_q, cu_k;  // of packed sequences, [batch, sequences + 1]
+  bool general = false;         // the scale is on the device
+  bool one_by_one = false;      // the first run has ended before the second begins
   Gradients gradients = kNone;
 
   explicit Call(uint64_t seed) : random_(seed) {
@@ -46,8 +49,14 @@ struct Call {
       if (chance(0.3)) window.window_left = up_to(kLongest) - 1;
       window.bottom_right = chance(0.5);
     }
-    if (chance(0.25)) q_lengths = lengths(shape.q_len);
-    if (chance(0.25)) k_lengths = lengths(shape.k_len);
+    if (chance(0.3)) {
+      window.sequences = up_to(kMostSequences);
+      cu_q = bounds(shape.q_len);
+      cu_k = shape.q_len == shape.k_len && chance(0.5) ? cu_q : bounds(shape.k_len);
+    } else {
+      if (chance(0.25)) q_lengths = lengths(shape.q_len);
+      if (chance(0.25)) k_lengths = lengths(shape.k_len);
+    }
     general = chance(0.15);
     one_by_one = chance(0.5);
     if (chance(0.6)) gradients = chance(0.5) ? kAnyOrder : kDeterministic;
@@ -70,6 +79,8 @@ struct Call {
     };
     add(", q_lengths ", q_lengths);
     add(", k_lengths ", k_lengths);
+    add(", cu_q ", cu_q);
+    add(", cu_k ", cu_k);
     if (gradients != kNone) text += gradients == kDeterministic ? ", deterministic gradients" : ", gradients";
     return text + (general ? ", scale on the device" : "") + (one_by_one ? ", runs one by one" : ", runs together");
   }
@@ -84,6 +95,16 @@ struct Call {
   std::vector<int> lengths(int extent) {
     std::vector<int> values(shape.batch);
     for (int& x : values) x = chance(0.2) ? 0 : chance(0.3) ? extent : below(extent + 1);
+    return values;
+  }
+  std::vector<int> bounds(int extent) {
+    std::vector<int> values;
+    for (int b = 0; b < shape.batch; ++b) {
+      const size_t first = values.size();
+      for (int n = 0; n <= window.sequences; ++n) values.push_back(below(extent + 1));
+      std::sort(values.begin() + first, values.end());
+      if (chance(0.5)) values[first] = 0, values.back() = extent;  // or there are gaps
+    }
     return values;
   }
   bool too_large() const {
