@@ -178,9 +178,8 @@ nb::capsule capsule(XLA_FFI_Handler* handler) { return nb::capsule(reinterpret_c
 nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int kv_heads, int head_dim, int value_dim,
               bool bf16, const nb::tuple& mask, bool device_scale, const nb::tuple& bias, bool has_lengths,
               bool soft_cap, int num_sink_tokens, bool alibi_slopes, bool sinks, bool dropout_seeds,
-              bool query_segment_ids, bool spans, bool cu_seqlens_q, int window_left, int window_right,
-              bool bias_gradient, bool deterministic, const std::string& family, int compute_capability,
-              int64_t shared_memory_bytes) {
+              bool query_segment_ids, bool spans, int sequences, int window_left, int window_right, bool bias_gradient,
+              bool deterministic, const std::string& family, int compute_capability, int64_t shared_memory_bytes) {
   Problem p;
   p.shape = {batch, q_len, k_len, heads, kv_heads, head_dim, value_dim};
   p.type = bf16 ? ElementType::kBfloat16 : ElementType::kHalf;
@@ -211,7 +210,10 @@ nb::dict plan(bool is_backward, int batch, int q_len, int k_len, int heads, int 
   p.visibility.sink_tokens = num_sink_tokens;
   if (query_segment_ids) p.visibility.q_segments = p.visibility.k_segments = &length;
   if (spans) p.visibility.spans = &length;
-  if (cu_seqlens_q) p.visibility.cu_q = p.visibility.cu_k = &length;
+  if (sequences >= 0) {  // packed ones; they are not counted where there are none
+    p.visibility.cu_q = p.visibility.cu_k = &length;
+    p.visibility.sequences = sequences;
+  }
   if (bias_gradient) g.d_bias.data = &present;
   g.deterministic = deterministic;
   Device device;
@@ -263,7 +265,7 @@ NB_MODULE(_ext, m) {
         nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("value_dim"), nb::arg("bf16"), nb::arg("mask"),
         nb::arg("device_scale"), nb::arg("bias"), nb::arg("has_lengths"), nb::arg("soft_cap"),
         nb::arg("num_sink_tokens"), nb::arg("alibi_slopes"), nb::arg("sinks"), nb::arg("dropout_seeds"),
-        nb::arg("query_segment_ids"), nb::arg("spans"), nb::arg("cu_seqlens_q"), nb::arg("window_left"),
+        nb::arg("query_segment_ids"), nb::arg("spans"), nb::arg("sequences"), nb::arg("window_left"),
         nb::arg("window_right"), nb::arg("bias_gradient"), nb::arg("deterministic"), nb::arg("family"),
         nb::arg("compute_capability"), nb::arg("shared_memory_bytes"));
 }

@@ -89,7 +89,7 @@ def check_ffi_version(built: tuple, runtime: tuple) -> None:
 extension: Any = load()
 
 # Operands of which a plan asks no more than whether they are there.
-PRESENCE = ("alibi_slopes", "sinks", "dropout_seeds", "query_segment_ids", "spans", "cu_seqlens_q")
+PRESENCE = ("alibi_slopes", "sinks", "dropout_seeds", "query_segment_ids", "spans")
 
 
 def plan(
@@ -136,6 +136,7 @@ def plan(
             has_lengths=operands[6:8] != (None, None),
             soft_cap=options.soft_cap is not None,
             num_sink_tokens=options.num_sink_tokens,
+            sequences=-1 if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[1] - 1,
             **{name: getattr(operands, name) is not None for name in PRESENCE},
             window_left=bound(options.window_left),
             window_right=bound(options.window_right),

