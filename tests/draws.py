@@ -215,6 +215,7 @@ def features(call):
         "packed, unequal lengths": any(0 < q != k > 0 for q, k in lengths) and is_packed,
         "packed, rows outside": bounds[0][-1] - bounds[0][0] < case.q_len,
         "packed, keys outside": bounds[1][-1] - bounds[1][0] < case.k_len,
+        "packed, long": is_packed and case.q_len > 64 * len(lengths),
         "grouped heads": case.heads > case.kv_heads,
         "value_dim": case.value_dim not in (None, case.head_dim),
         "more queries": case.q_len > case.k_len,
