@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from cases import CASES, PACKED, Case, packed
+from cases import CASES, PACKED, packed
 from emulator import kernels
 from emulator.emulator import why_unavailable
 from oracle import attend
 from order import TILE, Cancelling
 from test_emulator import check
 from test_emulator_hopper import DIMS
-from test_emulator_sequence_tiles import BOTTOM, CAUSAL, PackedBatch, has_tiles
+from test_emulator_sequence_tiles import BOTTOM, CAUSAL, PackedBatch, between_gaps, has_tiles
 from ways import Call
 
 pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable())
@@ -36,13 +36,9 @@ KINDS = {
 }
 
 
-def of_kind(kind, dims, **fields):
+def of_kind(kind, dims):
     pairs, options = KINDS[kind]
-    (q, k), first = np.sum(pairs, axis=0).tolist(), (5, 3)
-    return Case(
-        f"tiles-{kind}", q + 5 + 4, k + 3 + 6, **{"batch": 1, "heads": 2, "kv_heads": 1} | fields,
-        head_dim=dims[0], value_dim=dims[1], options=packed(*pairs, first=first, **options),
-    )  # fmt: skip
+    return between_gaps(kind, pairs, (2, 1), options, dims)
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
@@ -146,9 +142,7 @@ RUNS = {
     "order": check_order,
 }
 ONCE, TWICE = "was never written", "two threads of this kernel write bytes .* of "
-TILES, KEYS, WIDE = (
-    f"sm90/{name}.cuh" for name in ("sequence_tiles", "backward_work", "backward_wide_work")
-)
+TILES = "sm90/sequence_tiles.cuh"
 # What to replace, and by what; the run that must notice, and what it says.
 MUTANTS = {
     "keys-written-on": (
@@ -161,11 +155,11 @@ MUTANTS = {
         "sm90/backward_query.cuh", "i < item.stop", "i < a.p.shape.q_len", "wide",
         f"{TWICE}d_query"),
     "rows-of-all-before": (
-        KEYS, "item.q_begin = tile.q_begin;", "item.q_begin = 0;", "narrow", "off by"),
+        TILES, "item.q_begin = tile.q_begin;", "item.q_begin = 0;", "narrow", "off by"),
     "rows-of-all-before-of-wide-heads": (
-        WIDE, "item.q_begin = tile.q_begin;", "item.q_begin = 0;", "wide", "off by"),
+        TILES, "item.q_begin = tile.q_begin;", "item.q_begin = 0;", "wide", "off by"),
     "offset-of-the-whole": (
-        KEYS, "item.offset = tile.offset;", "item.offset = 0;", "narrow", "off by"),
+        TILES, "item.offset = tile.offset;", "item.offset = 0;", "narrow", "off by"),
     "keys-of-the-next-not-cleaned": (
         "sm90/backward_load.cuh",
         "part.end < min(first + Tile::kRows, length) || gaps", "gaps", "among-others",

@@ -91,13 +91,14 @@ MUTANTS = {
     "a-pair-of-heads-that-are-one": (
         WORK, "place.head + (pair ? rank : 0)", "place.head", "pairs", f"{TWICE}(out|lse)"),
     "keys-of-all-before": (
-        WORK, "item.k_begin = tile.k_begin;", "item.k_begin = 0;", "long-dense",
+        TILES, "item.k_begin = tile.k_begin;", "item.k_begin = 0;", "long-dense",
         r"out: off by .* \(0, 130"),
     "values-of-the-next-not-cleaned": (
         "sm90/forward_load.cuh", "return looks_past<Shape::kK>(",
         "return false && looks_past<Shape::kK>(", "among-others", "nan"),
     "offset-of-the-whole": (
-        WORK, "item.offset = tile.offset;", "item.offset = 0;", "long-bottom-right", "out: off by"),
+        TILES, "item.offset = tile.offset;", "item.offset = 0;", "long-bottom-right",
+        "out: off by"),
     "bottom-right-of-the-first-row": (
         TILES, "keys.end - rows.end", "keys.end - rows.begin", "long-bottom-right", "out: off by"),
     "top-left-of-the-first-key": (

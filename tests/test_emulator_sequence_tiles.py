@@ -77,13 +77,17 @@ CLUSTERS = {
 }
 
 
-def of_kind(kind, dims):
-    pairs, (heads, kv_heads), options = KINDS[kind]
+def between_gaps(name, pairs, heads, options, dims):
+    """Sequences of (query length, key length) with tokens of none before and after them."""
     (q, k), first = np.sum(pairs, axis=0).tolist(), (5, 3)
     return Case(
-        f"tiles-{kind}", q + 5 + 4, k + 3 + 6, batch=1, heads=heads, kv_heads=kv_heads,
+        f"tiles-{name}", q + 5 + 4, k + 3 + 6, batch=1, heads=heads[0], kv_heads=heads[1],
         head_dim=dims[0], value_dim=dims[1], options=packed(*pairs, first=first, **options),
     )  # fmt: skip
+
+
+def of_kind(kind, dims):
+    return between_gaps(kind, *KINDS[kind], dims)
 
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)

@@ -104,12 +104,7 @@ __device__ __forceinline__ BackwardWideItem backward_wide_item(const BackwardWid
   item.head = place.head;
   item.batch = place.batch;
   const SequenceTile tile = tile_of_item<Shape>(a, place, place.tile * Shape::kClusterKeys, a.p.shape.k_len);
-  item.q_begin = tile.q_begin;
-  item.q_len = tile.q_len;
-  item.k_begin = tile.k_begin;
-  item.k_len = tile.k_len;
-  item.offset = tile.offset;
-  item.stop = tile.stop;
+  set_bounds(item, tile);
   item.first_key = tile.first + rank * Shape::kKeys;
   const Sequence sequence = sequence_of<Shape>(a.p, item);
   Interval rows = sequence.rows_of_keys(tile.first, tile.first + Shape::kClusterKeys);

@@ -101,12 +101,7 @@ __device__ __forceinline__ BackwardItem backward_item(const BackwardArguments& a
   item.rank = place.rank;
   const SequenceTile tile = tile_of_item<Shape>(a, place, place.tile * Shape::kK, a.p.shape.k_len);
   item.first_key = tile.first;
-  item.q_begin = tile.q_begin;
-  item.q_len = tile.q_len;
-  item.k_begin = tile.k_begin;
-  item.k_len = tile.k_len;
-  item.offset = tile.offset;
-  item.stop = tile.stop;
+  set_bounds(item, tile);
   const Sequence sequence = sequence_of<Shape>(a.p, item);
   rows = sequence.rows_of_keys(item.first_key, item.first_key + Shape::kK);
   if (rows.empty()) rows = {0, 0};  // not one that ends before it begins: loops over its tiles must agree

@@ -108,12 +108,7 @@ __device__ __forceinline__ ForwardItem forward_item(const Arguments& a, const Wo
   item.head = place.head + (pair ? rank : 0);
   const SequenceTile tile =
       tile_of_item<Shape>(a, place, (order.tiles - 1 - place.tile) * cluster_rows, a.p.shape.q_len);
-  item.q_begin = tile.q_begin;
-  item.q_len = tile.q_len;
-  item.k_begin = tile.k_begin;
-  item.k_len = tile.k_len;
-  item.offset = tile.offset;
-  item.stop = tile.stop;
+  set_bounds(item, tile);
   item.first_row = tile.first + (pair ? 0 : rank * Shape::kQ);
   const Sequence sequence = sequence_of<Shape>(a.p, item);
   // Tiles that stage scores, and have two warps that load, would spill.

@@ -51,6 +51,17 @@ __device__ __forceinline__ SequenceTile tile_of_item(const Arguments& a, const W
   return {first, stop, 0, sequence.q_len, 0, sequence.k_len, offset, 0};
 }
 
+// What an item has of its tile.
+template <class Item>
+__device__ __forceinline__ void set_bounds(Item& item, const SequenceTile& tile) {
+  item.q_begin = tile.q_begin;
+  item.q_len = tile.q_len;
+  item.k_begin = tile.k_begin;
+  item.k_len = tile.k_len;
+  item.offset = tile.offset;
+  item.stop = tile.stop;
+}
+
 // A warp: each becomes the largest of those up to it.
 __device__ __forceinline__ void make_increasing(uint32_t numbers, int count) {
   int largest = 0;
