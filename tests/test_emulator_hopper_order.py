@@ -88,8 +88,8 @@ MUTANTS = {
     "rows-of-one-tile-less": (
         CANCELLING, LOADER, "earlier.end > i;", "earlier.end > i + Shape::kQ;"),
     "only-the-tile-before": (
-        SKIPPING, LOADER, "is_formula() ? max(item.rank - 1, 0) : 0",
-        "q_len == 0 ? 0 : max(item.rank - 1, 0)"),
+        SKIPPING, LOADER, "in_order ? max(item.rank - 1, 0) : 0",
+        "in_order ? 0 : max(item.rank - 1, 0)"),
 }  # fmt: skip
 
 
