@@ -110,7 +110,8 @@ def plan(
         raise NotImplementedError("the kernels take float16 and bfloat16, and query is float32")
     if extension is None:
         raise NotImplementedError("this jax_flashattn was built without CUDA kernels")
-    sizes = (*query.shape, *key.shape, *value.shape)
+    bounds = operands.cu_seqlens_q
+    sizes = (*query.shape, *key.shape, *value.shape, *(() if bounds is None else bounds.shape))
     if not all(isinstance(extent, int) for extent in sizes):
         raise NotImplementedError("the kernels need concrete shapes, not jax.export's symbols")
     if 0 in sizes:
@@ -136,7 +137,7 @@ def plan(
             has_lengths=operands[6:8] != (None, None),
             soft_cap=options.soft_cap is not None,
             num_sink_tokens=options.num_sink_tokens,
-            sequences=-1 if operands.cu_seqlens_q is None else operands.cu_seqlens_q.shape[1] - 1,
+            sequences=-1 if bounds is None else bounds.shape[1] - 1,
             **{name: getattr(operands, name) is not None for name in PRESENCE},
             window_left=bound(options.window_left),
             window_right=bound(options.window_right),

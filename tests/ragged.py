@@ -7,10 +7,7 @@ Ways are those of fuzz.py. Tokens of no sequence are NaN in all that is given.
 """
 
 import argparse
-import collections
-import dataclasses
 import functools
-import itertools
 import sys
 
 import draws
@@ -21,66 +18,18 @@ from cases import PACKED
 from compare import with_seeds
 from emulator import kernels
 from oracle import attend, kept
+from programs import COUNT, programs, steepness
 from ways import Call
 
 from jax_flashattn import varlen_attention
 
-COUNT, TILED = 20, 8  # programs; the last of them, whose sequences have tiles of their own on sm90
 SPECIAL = (-(2**31), 2**31 - 1, -1, 0, 1, 2**29, -(2**29))
-# Of the largest value. Rounding makes half of it, of one in 10,000 batches 0.044; more with
-# dropout, whose terms are larger.
-TOLERANCE = {"float32": 5e-5, "float16": 5e-2, "bfloat16": 5e-2}
+# Of the largest value. Rounding makes half of it; more with dropout, whose terms are larger.
+TOLERANCE = {"float32": 5e-5, "float16": 4e-2, "bfloat16": 4e-2}
+# By so much more where scores are steep, and few keys make a row: rounding alone comes to 1.1 times
+# that in one of 10,000 batches, on a GPU and on the emulator.
+STEEP, STEEP_ROUNDING = 3, 1.25  # the standard deviation of scores
 GRADIENTS = ("query", "key", "value")
-
-
-def has_tiles(case):
-    """Whether each sequence has its own: tiles_sequences() of csrc/sm90/tiles.h."""
-    sequences = len(case.options[PACKED[0]]) - 1
-    is_long = case.q_len > 64 * sequences
-    return is_long and case.sinks is None and "dropout_rate" not in case.options
-
-
-def of_long_sequences(call):
-    """With as many sequences as have more than 64 queries on average."""
-    case = call.case
-    count = (case.q_len - 1) // 64
-    bounds = draws.packing(draws.Dice(case.q_len), case.q_len, case.k_len, count)
-    return dataclasses.replace(call, case=dataclasses.replace(case, options=case.options | bounds))
-
-
-def traits(call):
-    """A call's features, and the head dim that its kernels are compiled for."""
-    dim = max(call.case.head_dim, call.case.value_dim or 0)
-    return draws.features(call) | {next(d for d in kernels.HEAD_DIMS if d >= dim)}
-
-
-@functools.cache
-def programs():
-    """Packed calls of the fuzz test without their bounds: what is compiled once for all bounds."""
-
-    def fitting(calls, most, work, tiled):
-        for call in calls:
-            case = call.case
-            lengths, sequences = (case.q_len, case.k_len), len(case.options[PACKED[0]]) - 1
-            is_small = case.heads * case.q_len * case.k_len * case.head_dim <= work
-            is_small &= min(lengths) >= 48 and max(lengths) <= most and case.heads <= 4
-            if is_small and sequences >= 3 and has_tiles(case) == tiled:
-                yield call
-
-    def take(count, calls):
-        """Those with most of what fewer than three that were taken have."""
-        calls = list(itertools.islice(calls, 100))
-        for _ in range(count):
-            found = collections.Counter(x for call in taken for x in traits(call))
-            best = max(calls, key=lambda call: sum(found[x] < 3 for x in traits(call)))
-            calls.remove(best)
-            taken.append(best)
-
-    packed = [x for x in map(draws.draw, range(4000)) if PACKED[0] in x.case.options]
-    taken = []
-    take(COUNT - TILED, fitting(packed, 200, 2**21, False))
-    take(TILED, fitting(map(of_long_sequences, packed), 300, 2**22, True))
-    return taken
 
 
 def program(number):
@@ -146,6 +95,7 @@ def violations(case, dtype, made, cu, desired=None, xp=np):
         found["no mean"] = (abs(floats["out"]) > 1.01 * abs(most).max()).sum()
     if desired is not None:
         tolerance = TOLERANCE[dtype] / (1 - case.options.get("dropout_rate", 0)) ** 0.5
+        tolerance *= STEEP_ROUNDING if steepness(case) > STEEP else 1
         found["off"] = xp.zeros(())
         for name, x in (floats | {"lse": lse}).items():
             of = desired[name][0]

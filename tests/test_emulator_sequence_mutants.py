@@ -20,14 +20,15 @@ pytestmark = pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable(
 TILES, STORE, WORK = (
     f"sm90/{name}.cuh" for name in ("sequence_tiles", "forward_store", "forward_work")
 )
+LIST = "sm90/sequence_tiles.h"
 # What makes calls of a few sequences ones of many, and breaks what must not run then.
 OF_MANY = {
     "in-the-order-of-rows": (
-        ("sm90/work_order.h", "kOrderedTiles = 1024", "kOrderedTiles = 2"),
+        (LIST, "kOrderedTiles = 1024", "kOrderedTiles = 2"),
         (TILES, "rank += other > length ||", "rank += true ||"),
     ),
     "by-the-table": (
-        ("sm90/work_order.h", "kTiledSequences = 4096", "kTiledSequences = 1"),
+        (LIST, "kTiledSequences = 4096", "kTiledSequences = 1"),
         (TILES, "tile.stop = end;", "tile.stop = 0;"),
     ),
 }
@@ -108,7 +109,7 @@ MUTANTS = {
     "slots-before-a-sequence-not-taken-off": (
         TILES, "begin / tiles.size - low)", "begin / tiles.size)", "long-dense", ONCE),
     "a-slot-too-few": (
-        "sm90/work_order.h", "p.visibility.sequences + 2;", "p.visibility.sequences + 1;", "gap",
+        LIST, "p.visibility.sequences + 2 :", "p.visibility.sequences + 1 :", "gap",
         ONCE),
     "gaps-as-sequences": (
         TILES, "if (low == 0 || is_last) return tile;", "", "long-bottom-right",

@@ -178,6 +178,9 @@ def test_scratch_depends_on_how_many_sequences_are_packed():
         return _ffi.plan(operands, Options(deterministic=True), backward=True).scratch_floats
 
     assert floats(9) - floats(1) == 2 * 2 * 8
+    (symbol,) = jax.export.symbolic_shape("n")
+    with pytest.raises(NotImplementedError, match="concrete shapes"):
+        floats(symbol)
 
 
 PLATFORMS = ["xla", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -78,7 +78,7 @@ def test_every_pair_of_features_is_called():
 
 
 def test_packed_sequences_are_long_in_a_third_of_their_calls():
-    """Then the Hopper forward may have tiles for each: csrc/sm90/tiles.h, tiles_sequences()."""
+    """Then the Hopper family may have tiles for each: csrc/sm90/sequence_tiles.h."""
     found = [draws.features(draws.draw(seed)) for seed in range(2000)]
     lengths = ["packed, long" in one for one in found if "packed" in one]
     assert 1 / 3 <= np.mean(lengths) < 1 / 2

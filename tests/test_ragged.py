@@ -10,6 +10,7 @@ import pytest
 import ragged
 from cases import PACKED
 from emulator import kernels
+from programs import TILED
 from ways import NO_EMULATOR
 
 GPU_BATCHES, EMULATOR_BATCHES = 10_000, 200
@@ -49,8 +50,8 @@ def test_programs_of_both_roads():
     """The last ones have tiles for each sequence on sm90, the others a table of who sees whom."""
     for index, call in enumerate(ragged.programs()):
         plan = kernels.schedule(call.case, call.dtype, multiprocessors=2)
-        assert ("tiles of each sequence" in plan) == (index >= ragged.COUNT - ragged.TILED)
-        assert ("as a table" in plan) == (index < ragged.COUNT - ragged.TILED)
+        assert ("tiles of each sequence" in plan) == (index >= ragged.COUNT - TILED)
+        assert ("as a table" in plan) == (index < ragged.COUNT - TILED)
 
 
 def test_valid_bounds_are_and_others_are_not():

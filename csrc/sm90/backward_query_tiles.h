@@ -90,8 +90,7 @@ auto with_backward_query_tile(const Problem& p, F&& f) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
     if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-    if (!is_formula(p.visibility) && !tiles_sequences_backward(p))
-      return f(Type<typename Tiles::Seeing>{}, std::false_type{});
+    if (reads_visibility_backward(p)) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {

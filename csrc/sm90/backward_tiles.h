@@ -115,9 +115,8 @@ auto with_backward_tile(const Problem& p, F&& f) {
   if (reads_scores(p.scores)) return f(Type<typename Tiles::Reading>{}, std::true_type{});
   if (drops) return f(Type<typename Tiles::Dropping>{}, std::true_type{});
   if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-  const bool by_sequence = tiles_sequences_backward(p);
-  if (!is_formula(p.visibility) && !by_sequence) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
-  if (p.shape.q_len / (by_sequence ? std::max(p.visibility.sequences, 1) : 1) < kShort)
+  if (reads_visibility_backward(p)) return f(Type<typename Tiles::Seeing>{}, std::false_type{});
+  if (p.shape.q_len / std::max(p.visibility.sequences, 1) < kShort)
     return f(Type<typename Tiles::Short>{}, std::false_type{});
   if (is_dense(p)) return f(Type<typename Tiles::Dense>{}, std::false_type{});
   return f(Type<typename Tiles::Long>{}, std::false_type{});
@@ -138,7 +137,7 @@ struct QueryGradientLayout {
   static_assert(kBands % kTogether == 0 && kTileFloats == Tile::kQ * Tile::kHeadDim);
 };
 
-inline int64_t query_tiles(const Problem& p, int q_tile) { return (int64_t(p.shape.q_len) + q_tile - 1) / q_tile; }
+inline int64_t query_tiles(const Problem& p, int q_tile) { return tiles_of(p, p.shape.q_len, q_tile, false); }
 
 // Of Gradients::dq_accumulator.
 template <int kHeadDim>
@@ -188,9 +187,8 @@ inline WorkOrder backward_order(const Problem& p, int q_tile, int k_tile, bool d
     const int64_t steps = std::max<int64_t>(group_rows / (is_causal ? 2 : 1) / q_tile, 1);  // of an item
     least_items = std::max(least_items, kLag * tiles / steps);
   }
-  WorkOrder order = work_order(p, heads, tiles, bytes > 0 ? kSectionBytes / bytes : heads, least_items);
-  if (tiles_sequences_backward(p)) order.sequence_tiles = 0;
-  return order;
+  return work_order(p, heads, tiles, tiles_sequences_backward(p), bytes > 0 ? kSectionBytes / bytes : heads,
+                    least_items);
 }
 
 }  // namespace jfa::sm90

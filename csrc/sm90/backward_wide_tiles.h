@@ -99,8 +99,7 @@ auto with_backward_wide_tile(const Problem& p, F&& f) {
       return f(Type<typename Tiles::Reading>{}, std::true_type{});
     }
     if (is_general(p.scores)) return f(Type<typename Tiles::General>{}, std::true_type{});
-    if (!is_formula(p.visibility) && !tiles_sequences_backward(p))
-      return f(Type<typename Tiles::General>{}, std::false_type{});
+    if (reads_visibility_backward(p)) return f(Type<typename Tiles::General>{}, std::false_type{});
     return f(Type<typename Tiles::Plain>{}, std::false_type{});
   };
   if constexpr (kHeadDim == 192) {
@@ -115,10 +114,8 @@ inline WorkOrder backward_wide_order(const Problem& p, int key_tile) {
   constexpr int64_t kLeastHeads = 2;
   const int64_t heads = int64_t(s.kv_heads) * s.batch;
   const int64_t bytes = int64_t(s.heads / std::max(s.kv_heads, 1)) * s.q_len * (s.head_dim + s.value_dim) * 2;
-  WorkOrder order =
-      work_order(p, heads, key_tiles(p, key_tile), bytes > 0 ? std::max(kSectionBytes / bytes, kLeastHeads) : heads);
-  if (tiles_sequences_backward(p)) order.sequence_tiles = 0;
-  return order;
+  return work_order(p, heads, key_tiles(p, key_tile), tiles_sequences_backward(p),
+                    bytes > 0 ? std::max(kSectionBytes / bytes, kLeastHeads) : heads);
 }
 
 }  // namespace jfa::sm90

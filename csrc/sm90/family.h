@@ -79,8 +79,9 @@ auto with_forward_tile(const Problem& p, int multiprocessors, F&& f) {
   return with_value_dim(std::integral_constant<int, kHeadDim>{});
 }
 
-inline std::string describe(const WorkOrder& order, bool drawn) {
-  return std::to_string(order.items) + " items, " +
+// `listed`: the device knows how many items there are, and the host only that there are not more.
+inline std::string describe(const WorkOrder& order, bool drawn, bool listed) {
+  return (listed ? "at most " : "") + std::to_string(order.items) + " items, " +
          (drawn ? "drawn longest first in sections of " + std::to_string(order.section_heads * order.item_heads) +
                       " heads"
                 : std::string("dealt out in turn"));
@@ -107,7 +108,7 @@ void plan_forward(const Problem& p, int multiprocessors, Plan& plan) {
     const char* clusters = Tile::kCluster == 1    ? ""
                            : order.item_heads > 1 ? " in clusters, for two heads of a group"
                                                   : " in clusters, for two query tiles";
-    plan.schedule = describe(order, order.drawn) + ", over persistent blocks" + clusters + "; " +
+    plan.schedule = describe(order, order.drawn, tiles_sequences(p)) + ", over persistent blocks" + clusters + "; " +
                     std::to_string(Tile::kSlots) + " key and value tiles in flight" +
                     (Tile::kQueryInRegisters ? ", queries in registers" : "") +
                     (Tile::kStoreByTma ? ", stores by TMA" : "");
@@ -127,7 +128,7 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
     plan.k_tile = k_tile;
     plan.warps = Tile::kThreads / 32;
     plan.shared_memory_bytes = Tile::kSharedBytes;
-    plan.schedule = "persistent blocks: dK and dV by key tiles, " + describe(order, true) +
+    plan.schedule = "persistent blocks: dK and dV by key tiles, " + describe(order, true, tiles_sequences_backward(p)) +
                     (kHasQueryKernel   ? ""
                      : g.deterministic ? ", and dQ by float32 additions from all of them, in the order of keys"
                                        : ", and dQ by float32 additions from all of them") +
@@ -151,9 +152,10 @@ void plan_backward(const Problem& p, const Gradients& g, Plan& plan) {
   };
   if constexpr (kHasQueryKernel) {
     with_backward_query_tile<kHeadDim>(p, [&](auto tile, auto) {
-      const WorkOrder order = forward_order(p, decltype(tile)::type::kQ, 1, tiles_sequences_backward(p));
+      const bool listed = tiles_sequences_backward(p);
+      const WorkOrder order = forward_order(p, decltype(tile)::type::kQ, 1, listed);
       add_kernel(tile, "dQ by query tiles");
-      plan.schedule += ", " + describe(order, order.drawn) + describe_scores<typename decltype(tile)::type>(p);
+      plan.schedule += ", " + describe(order, order.drawn, listed) + describe_scores<typename decltype(tile)::type>(p);
     });
   }
   if (g.d_bias.data == nullptr) return;

@@ -21,13 +21,13 @@ Status launch_key_gradients(const Problem& p, const Gradients& g, int multiproce
                 "a tile of backward_tiles.h does not fit into shared memory");
   const jfa::Shape& s = p.shape;
   const int64_t keys = (int64_t(s.k_len) + Shape::kK) * s.kv_heads * s.batch;
-  if (keys / Shape::kK > kMaxItems) {
+  if (key_tiles(p, Shape::kK) * s.kv_heads * s.batch > kMaxItems) {
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(keys) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }
-  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+  if (!Shape::kAnyVisibility && reads_visibility_backward(p))
     return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = tiles_sequences_backward(p);
   BackwardArguments a;
   a.p = p;
   a.g = g;

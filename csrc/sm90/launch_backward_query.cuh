@@ -14,9 +14,9 @@ Status launch_backward_query_tile(const Problem& p, const Gradients& g, uint32_t
   using Smem = BackwardQuerySmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_query_tiles.h does not fit into shared memory");
-  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+  if (!Shape::kAnyVisibility && reads_visibility_backward(p))
     return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = tiles_sequences_backward(p);
   BackwardQueryArguments a;
   a.p = p;
   a.g = g;
@@ -47,7 +47,8 @@ Status launch_backward_query(const Problem& p, const Gradients& g, uint32_t* cou
                              cudaStream_t stream) {
   if (p.shape.batch == 0 || p.shape.heads == 0 || p.shape.q_len == 0) return Status::Ok();
   const int64_t rows = int64_t(p.shape.q_len + kWarpgroupRows) * p.shape.heads * p.shape.batch;
-  if (rows / kWarpgroupRows > kMaxItems) {
+  const int64_t tiles = tiles_of(p, p.shape.q_len, kWarpgroupRows, tiles_sequences_backward(p));
+  if (tiles * p.shape.heads * p.shape.batch > kMaxItems) {
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }

@@ -14,9 +14,9 @@ Status launch_backward_wide_tile(const Problem& p, const Gradients& g, uint32_t*
   using Smem = BackwardWideSmem<Shape>;
   static_assert(sizeof(Smem) <= Shape::kSharedBytes && Shape::kSharedBytes <= kSharedMemoryLimit,
                 "a tile of backward_wide_tiles.h does not fit into shared memory");
-  const bool by_sequence = !Shape::kAnyVisibility && tiles_sequences_backward(p);
-  if (!Shape::kAnyVisibility && !is_formula(p.visibility) && !by_sequence)
+  if (!Shape::kAnyVisibility && reads_visibility_backward(p))
     return Status::Internal("a tile that takes only formulas");
+  const bool by_sequence = tiles_sequences_backward(p);
   BackwardWideArguments a;
   a.p = p;
   a.g = g;
@@ -46,7 +46,7 @@ Status launch_backward_wide(const Problem& p, const Gradients& g, uint32_t* coun
                             cudaStream_t stream) {
   if (p.shape.batch == 0 || p.shape.kv_heads == 0 || p.shape.k_len == 0) return Status::Ok();
   const int64_t rows = int64_t(p.shape.k_len + kWarpgroupRows) * p.shape.kv_heads * p.shape.batch;
-  if (rows / kWarpgroupRows > kMaxItems) {
+  if (key_tiles(p, kWarpgroupRows) * p.shape.kv_heads * p.shape.batch > kMaxItems) {
     return Status::Unimplemented("batch x key/value heads x key length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }

@@ -31,7 +31,7 @@ Status launch_forward_tile(const Problem& p, uint32_t* counter, int multiprocess
   if (!status.ok()) return status;
   const int64_t workers = std::min(a.order.items, std::max(multiprocessors / Shape::kCluster, 1));
   if (a.order.items <= workers) a.order.drawn = false;  // one for each, and nothing to clear before
-  if (!Shape::kAnyVisibility && tiles_sequences(p)) {
+  if (tiles_sequences(p)) {
     const int rows = Shape::kClusterQ / a.order.item_heads;
     status = launch_tile_sequences<Sm90>(a.tiles, p, a.order, rows, false, stream, counter);
   } else {
@@ -51,7 +51,7 @@ template <int kHeadDim>
 Status launch_forward(const Problem& p, uint32_t* counter, int multiprocessors, cudaStream_t stream) {
   if (p.shape.batch == 0 || p.shape.heads == 0 || p.shape.q_len == 0) return Status::Ok();
   const int64_t rows = int64_t(p.shape.q_len + kWarpgroupRows) * p.shape.heads * p.shape.batch;
-  if (rows / kWarpgroupRows * (tiles_sequences(p) ? 3 : 1) > kMaxItems) {
+  if (tiles_of(p, p.shape.q_len, kWarpgroupRows, tiles_sequences(p)) * p.shape.heads * p.shape.batch > kMaxItems) {
     return Status::Unimplemented("batch x heads x query length is " + std::to_string(rows) +
                                  ", too many for the work items of family sm90; the nearest is sm80");
   }

@@ -11,7 +11,7 @@
 #include "common/sequence.cuh"
 #include "launch.h"
 #include "problem.h"
-#include "sm90/tiles.h"
+#include "sm90/sequence_tiles.h"
 #include "sm90/work_place.cuh"
 
 namespace jfa::sm90 {
@@ -145,8 +145,9 @@ __global__ void __launch_bounds__(kSequenceTileThreads)
   }
   barrier();
   for (int slot = thread_index(); slot < tiles.slots; slot += kSequenceTileThreads) {
-    int rank = tiles.of_keys ? slot : tiles.slots - 1 - slot,
-        count = tiles.slots;  // under causality these look at most
+    // Under causality the last rows look at most keys, and the first keys are looked at by most rows.
+    int rank = tiles.of_keys ? slot : tiles.slots - 1 - slot;
+    int count = tiles.slots;
     if (orders) {
       const int length = load_shared_32(lengths + 4 * slot);
       rank = count = 0;

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "problem.h"
+#include "sm90/sequence_tiles.h"
 #include "sm90/work_order.h"
 
 namespace jfa::sm90 {
@@ -240,34 +241,12 @@ inline bool is_dense(const Problem& p) {
          v.k_lengths == nullptr && is_formula(v);
 }
 
-// Whether packed sequences have tiles of their own, for which who sees whom is a formula. Not short ones, of which a
-// tile would hold several (of 64 tokens, twice as many tiles); nor where tiles begin at multiples of 16 bytes of a bias
-// or of a block of dropout.
-inline bool tiles_sequences(const Problem& p) {
-  const Visibility& v = p.visibility;
-  return v.cu_q != nullptr && v.q_segments == nullptr && v.spans == nullptr && p.scores.sinks.data == nullptr &&
-         !reads_scores(p.scores) && p.scores.dropout.seeds == nullptr && v.sequences <= kTiledSequences &&
-         p.shape.q_len > int64_t(kWarpgroupRows) * v.sequences;
-}
-inline int64_t sequence_tile_records(const Problem& p) {
-  if (!tiles_sequences(p)) return 0;
-  return sequence_tile_records(p, std::max(p.shape.q_len, p.shape.k_len), kWarpgroupRows);
-}
-
-// The same of the backward: plain scores only, and keys as many.
-inline bool tiles_sequences_backward(const Problem& p) {
-  return tiles_sequences(p) && !is_general(p.scores) &&
-         p.shape.k_len > int64_t(kWarpgroupRows) * p.visibility.sequences;
-}
-// Key tiles of a head; at most, where sequences have tiles of their own.
-inline int64_t key_tiles(const Problem& p, int k_tile) {
-  if (tiles_sequences_backward(p)) return sequence_tile_slots(p, p.shape.k_len, k_tile);
-  return (int64_t(p.shape.k_len) + k_tile - 1) / k_tile;
-}
-
 // What tiles with kVisibility are for.
 inline bool reads_visibility(const Problem& p) {
   return (!is_formula(p.visibility) && !tiles_sequences(p)) || p.scores.sinks.data != nullptr;
+}
+inline bool reads_visibility_backward(const Problem& p) {
+  return !is_formula(p.visibility) && !tiles_sequences_backward(p);
 }
 
 inline ForwardKind general_kind(const Problem& p) {
@@ -312,13 +291,12 @@ inline ForwardKind forward_kind(const Problem& p, int multiprocessors, bool pair
   return std::min<int64_t>(keys, window) <= kShortKeys ? ForwardKind::kShort : ForwardKind::kLong;
 }
 
-// `q_tile`: rows of an item, which has `item_heads`. `by_sequence`: there are SequenceTiles, perhaps fewer.
+// `q_tile`: rows of an item, which has `item_heads`. `by_sequence`: tiles are listed.
 inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1, bool by_sequence = false) {
   const int64_t heads = int64_t(p.shape.heads / item_heads) * p.shape.batch;
-  const int64_t tiles =
-      by_sequence ? sequence_tile_slots(p, p.shape.q_len, q_tile) : (p.shape.q_len + q_tile - 1) / q_tile;
+  const int64_t tiles = tiles_of(p, p.shape.q_len, q_tile, by_sequence);
   if (is_dense(p)) {
-    WorkOrder order = work_order(p, heads, tiles, 1);
+    WorkOrder order = work_order(p, heads, tiles, by_sequence, 1);
     order.item_heads = item_heads;
     order.sections = order.heads;  // all tiles are as long
     // Equal items; dealing them out wins where there are few and long ones (d 256, 16384 keys: 760 against 743), and
@@ -339,10 +317,9 @@ inline WorkOrder forward_order(const Problem& p, int q_tile, int item_heads = 1,
   const int64_t fit = kv_bytes > 0 ? kSectionBytes / kv_bytes * group : heads;
   const int64_t sequences = std::max(p.visibility.sequences, 1);
   const int64_t least = (kLeastSequences + sequences - 1) / sequences;
-  WorkOrder order = work_order(p, heads, tiles, std::max(fit, least), kLeastItems);
+  WorkOrder order = work_order(p, heads, tiles, by_sequence, std::max(fit, least), kLeastItems);
   order.item_heads = item_heads;
   order.drawn = true;
-  if (by_sequence) order.sequence_tiles = 0;
   return order;
 }
 template <class Tile>

@@ -28,45 +28,23 @@ struct WorkOrder {
   bool drawn = false;          // from a counter, by whichever block is free; otherwise dealt out in turn
 };
 
-// `fit`: heads that stay in the L2 together. A section has at least `least_items`.
-inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, int64_t fit, int64_t least_items = 1) {
+// `fit`: heads that stay in the L2 together. A section has at least `least_items`. `listed`: tiles are those of
+// sequence_tiles.h, the longest first already.
+inline WorkOrder work_order(const Problem& p, int64_t heads, int64_t tiles, bool listed, int64_t fit,
+                            int64_t least_items = 1) {
   constexpr int64_t kEvenItems = 264;  // two for each multiprocessor of an H200
   WorkOrder order;
   order.tiles = static_cast<int>(tiles);
   order.heads = static_cast<int>(heads);
   order.items = static_cast<int>(tiles * heads);
   if (order.items == 0) return order;
-  if (p.visibility.sequences > 1 && p.visibility.window_right < p.shape.k_len)
+  if (!listed && p.visibility.sequences > 1 && p.visibility.window_right < p.shape.k_len)
     order.sequence_tiles = static_cast<int>((tiles + p.visibility.sequences - 1) / p.visibility.sequences);
   const int64_t section = std::min(std::max(fit, (least_items + tiles - 1) / tiles), heads);
   const int64_t last = std::min(std::max(section, (kEvenItems + tiles - 1) / tiles), heads);
   order.section_heads = static_cast<int>(section);
   order.sections = static_cast<int>((heads - last) / section);
   return order;
-}
-
-// Tiles of packed sequences, of query rows or of keys, each with those of one only: see sequence_tiles.cuh.
-struct SequenceTile {
-  int first, stop;  // which are written, perhaps more than a tile has; none: there is no tile
-  int q_begin, q_len, k_begin, k_len, offset;  // as in common/sequence.cuh; all 0 where they are of no sequence
-  int unused;                                  // two loads of 16 bytes
-};
-struct SequenceTiles {
-  SequenceTile* tiles = nullptr;  // [batch, slots]: those that see most, or are seen by most, first; absent: none
-  int* count = nullptr;           // how many there are in the only batch entry; absent: `slots`, or fewer
-  int slots = 0;
-  int size = 0;  // of a tile
-  bool of_keys = false;
-};
-constexpr int kTiledSequences = 4096;  // more are not copied to shared memory
-constexpr int kOrderedTiles = 1024;    // more stay in the order of rows
-
-// `length`: of the tensor.
-inline int64_t sequence_tile_slots(const Problem& p, int length, int size) {
-  return int64_t(length / size) + p.visibility.sequences + 2;
-}
-inline int64_t sequence_tile_records(const Problem& p, int length, int size) {  // of 16 bytes, with one for the count
-  return 1 + 2 * p.shape.batch * sequence_tile_slots(p, length, size);
 }
 
 }  // namespace jfa::sm90
