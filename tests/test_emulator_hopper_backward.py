@@ -85,6 +85,26 @@ def test_backward_of_many_rows(dim, q_len, is_causal):
     check(case, "bfloat16", family="sm90", multiprocessors=1)
 
 
+# Two key tiles, and two heads of a group. Of the query tile that a key tile begins with, the second
+# warpgroup sees nothing.
+DIAGONAL = Case(
+    "diagonal", 256, batch=1, heads=2, kv_heads=1, head_dim=128, options={"is_causal": True}
+)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_query_tiles_that_a_warpgroup_does_not_see_are_left_out(deterministic):
+    def products_of_backward(case):
+        forward = kernels.run(case, "bfloat16", family="sm90", gradients=False)
+        both = check(case, "bfloat16", family="sm90", deterministic=deterministic)
+        return both.session.warpgroup_products - forward.session.warpgroup_products
+
+    of_a_pair = products_of_backward(dataclasses.replace(DIAGONAL, options={})) / 16
+    # 12 of the 16 pairs of tiles are seen. In 4 of these one warpgroup of two makes its share of
+    # dQ alone, a quarter of its products.
+    assert products_of_backward(DIAGONAL) == (12 - 4 * (1 - 1 / 4) / 2) * of_a_pair
+
+
 @pytest.mark.parametrize("extents", [(65, 0), (0, 65)], ids=["no-keys", "no-queries"])
 def test_backward_of_nothing(extents):
     actual = kernels.run(Case("empty", *extents), "float16", family="sm90")
@@ -154,8 +174,8 @@ MUTANTS = {
         "mbarrier_wait(shared_address(&smem.kv_free), published % 2 ^ 1);", "", "gqa-6-3-causal"),
     "stage-released-early": (
         "backward.cuh",
-        "wgmma_wait<0>();\n      arrive_for_lane(shared_address(&smem.stage_free[slot]));",
-        "arrive_for_lane(shared_address(&smem.stage_free[slot]));\n      wgmma_wait<0>();",
+        "wgmma_wait<0>();\n      arrive_for_lane(shared_address(&smem.stage_free[at.slot]));",
+        "arrive_for_lane(shared_address(&smem.stage_free[at.slot]));\n      wgmma_wait<0>();",
         "dense-1000x1000"),
     "ds-not-fenced": (
         "backward.cuh", "fence_async_shared();\n      arrive_for_lane(", "arrive_for_lane(",
@@ -184,6 +204,11 @@ MUTANTS = {
         "../common/softmax.cuh", "ds = hidden ? 0.0f : (", "ds = (", "poisoned-general"),
     "address-of-dq-left-behind": (
         "backward.cuh", ": dq_before + step * Shape::kHeadDim;", ": dq_before;", "dense-1000x1000"),
+    "diagonal-too-wide": (
+        "backward.cuh", "seen.begin - Shape::kQ + 1;", "seen.begin + 1;", "diagonal"),
+    "no-ds-of-what-is-left-out": ("backward.cuh", "store_ds(n, {});", ";", "diagonal"),
+    "no-dq-before-what-is-left-out": (
+        "backward.cuh", "make_dq();\n      finish_step();", "finish_step();", "diagonal"),
     "dq-added-a-tile-late": (
         "backward.cuh", "row_before = i;", "row_before = i + Shape::kQ;", "cap"),
 }  # fmt: skip
@@ -193,7 +218,8 @@ def run_mutant(name, **options):
     if name.startswith("poisoned"):
         run_poisoned(True, 64, general=name.endswith("general"), **options)
     else:
-        check(CASES[name], "bfloat16", family="sm90", **options)
+        case = DIAGONAL if name == "diagonal" else CASES[name]
+        check(case, "bfloat16", family="sm90", **options)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
