@@ -11,6 +11,7 @@ import pytest
 from cases import CASES, EVERYTHING, every_case, normal, some_cases
 from compare import assert_same_bits, check_case, prepare, run
 from order import TILE, Cancelling
+from ways import ALONE_ON_THE_GPU
 
 from jax_flashattn import attention
 
@@ -199,6 +200,7 @@ STRESS = {  # shape of query, of key, options, the long axis of query, of key, G
 }
 
 
+@ALONE_ON_THE_GPU
 @pytest.mark.parametrize("name", STRESS)
 def test_addresses_past_32_bits(name):
     """The end of a large call equals a small call on it alone, in gradients too."""
@@ -227,6 +229,7 @@ def test_addresses_past_32_bits(name):
         np.testing.assert_allclose(np.float32(end(whole, axis)), desired, rtol=2e-2, atol=2e-2)
 
 
+@ALONE_ON_THE_GPU
 def test_bias_of_more_than_2_to_the_31_elements():
     _need_memory(40)
     length = 46400
